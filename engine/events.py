@@ -8,7 +8,7 @@ test suite holds each event that was emitted against it.
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import itertools
 import logging
 import threading
@@ -191,7 +191,9 @@ class Emitter:
         self._sinks = list(sinks)
         self._numbers = itertools.count(1)
         self._lock = threading.RLock()
-        self._scope: ContextVar[Mapping[str, object]] = ContextVar("scope", default={})
+        self._scope: ContextVar[Mapping[str, object]] = ContextVar(
+            "scope", default=MappingProxyType({})
+        )
 
     def __call__(self, event: str, /, *, level: str = "", **facts: object) -> None:
         """
@@ -208,7 +210,7 @@ class Emitter:
                 "event": event,
                 "engine_id": self._engine_id,
                 "seq": next(self._numbers),
-                "timestamp": datetime.datetime.now(datetime.UTC).isoformat(),
+                "timestamp": dt.datetime.now(dt.UTC).isoformat(),
                 "level": level,
                 **self._scope.get(),
                 **facts,
