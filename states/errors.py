@@ -1,4 +1,4 @@
-"""The root of every error that Holdfast raises, and the one that the lifecycle raises itself."""
+"""The root of every error that Holdfast raises, and those that the lifecycle raises itself."""
 
 from __future__ import annotations
 
@@ -32,12 +32,19 @@ class IllegalTransition(HoldfastError):  # noqa: N818 - the name is part of the 
     """
 
     def __init__(self, trigger: str, state: str, legal: tuple[str, ...]) -> None:
-        allowed = ", ".join(legal) or "nothing"
         super().__init__(
-            f"{trigger!r} was asked for, but in state {state!r} only {allowed} is possible; "
-            "the state is unchanged.",
-            state_after=state,
+            f"{trigger!s} was asked for, which nothing allows in state {state!s}; the state is "
+            f"unchanged. Possible there: {', '.join(legal) or 'nothing'}.",
+            state_after=str(state),
         )
-        self.trigger = trigger
-        self.state = state
-        self.legal = legal
+        self.trigger = str(trigger)
+        self.state = str(state)
+        self.legal = tuple(map(str, legal))
+
+    def __reduce__(self) -> tuple[type[IllegalTransition], tuple[str, str, tuple[str, ...]]]:
+        # A host's process pool pickles what it raises; by default only the text would come back.
+        return type(self), (self.trigger, self.state, self.legal)
+
+
+class ChartError(HoldfastError, ValueError):
+    """A chart of the lifecycle was refused when it was built; the text lists every fault."""
