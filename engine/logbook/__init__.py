@@ -1,0 +1,1 @@
+"""The lifecycle read back from the log alone: no model, no OpenVINO, no torch."""

@@ -1,0 +1,138 @@
+"""Events out of a log, one at a time: from a file that is cut, mixed, or still being written."""
+
+from __future__ import annotations
+
+import datetime as dt
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from os import PathLike
+
+_POLL_SECONDS = 0.2
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+class Entry(NamedTuple):
+    """
+    One event as it stands in a log.
+
+    Attributes:
+        line: Line number in the log, from 1.
+        at: Moment of the event, with its time zone.
+        event: Every key of the event, the common ones included.
+    """
+
+    line: int
+    at: dt.datetime
+    event: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The event's name, as in `holdfast.engine.events.EVENTS`."""
+        return str(self.event["event"])
+
+    @property
+    def engine_id(self) -> str:
+        """The engine that tells it."""
+        return str(self.event["engine_id"])
+
+    @property
+    def seq(self) -> int:
+        """The event's number in its engine."""
+        return int(self.event["seq"])
+
+
+class Problem(NamedTuple):
+    """
+    A line that is no event of an engine.
+
+    Attributes:
+        line: Line number in the log, from 1.
+        kind: ``"cut"``: the last line has no end, its writer was stopped; ``"broken"``: not
+            JSON; ``"foreign"``: JSON of somebody else, such as the host's own log.
+        words: What was found, for a person.
+    """
+
+    line: int
+    kind: Literal["cut", "broken", "foreign"]
+    words: str
+
+
+def read(lines: Iterable[bytes]) -> Iterator[Entry | Problem]:
+    """
+    Turn the lines of a log into entries and problems, in their order, none held in memory.
+
+    Args:
+        lines: With their line endings, as `log_lines` gives them. A whole event on a last line
+            without an ending is an entry, followed by a ``"cut"`` problem.
+    """
+    for number, line in enumerate(lines, start=1):
+        whole = line.endswith(b"\n")
+        if whole and line.isspace():
+            continue
+        try:
+            event = _decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            yield Problem(number, "broken" if whole else "cut", f"not JSON: {error}")
+            continue
+        at = _moment(event.get("timestamp"))
+        if at is None or not _is_ours(event):
+            yield Problem(number, "foreign", "no event of a Holdfast engine")
+        else:
+            yield Entry(number, at, event)
+        if not whole:
+            yield Problem(number, "cut", "the last line has no end")
+
+
+def log_lines(source: str | PathLike[str]) -> Iterator[bytes]:
+    """
+    Yield the lines of a log file, or of standard input for ``"-"``.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    if source == "-":
+        yield from sys.stdin.buffer
+        return
+    with Path(source).open("rb") as file:
+        yield from file
+
+
+def followed_lines(source: str | PathLike[str]) -> Iterator[bytes]:
+    """Yield the lines of a log file and then, for ever, those that are appended to it."""
+    with Path(source).open("rb") as file:
+        begun = b""
+        while True:
+            begun += file.readline()
+            if begun.endswith(b"\n"):
+                yield begun
+                begun = b""
+            else:
+                time.sleep(_POLL_SECONDS)
+
+
+def _is_ours(event: dict[str, Any]) -> bool:
+    return (
+        isinstance(event.get("event"), str)
+        and isinstance(event.get("engine_id"), str)
+        and type(event.get("seq")) is int
+    )
+
+
+def _moment(stamp: object) -> dt.datetime | None:
+    """Read ISO 8601 or, as structlog writes by default, seconds since 1970."""
+    try:
+        if isinstance(stamp, str):
+            at = dt.datetime.fromisoformat(stamp)
+            return at if at.tzinfo else at.replace(tzinfo=dt.UTC)
+        if isinstance(stamp, (int, float)):
+            return dt.datetime.fromtimestamp(stamp, dt.UTC)
+    except (ValueError, OverflowError, OSError):
+        pass
+    return None

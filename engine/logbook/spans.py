@@ -1,0 +1,77 @@
+"""What was begun and has not ended: each ``started`` event paired with its ending."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+STARTED = ".started"
+ENDINGS = (".completed", ".failed", ".cancelled")
+_IDENTITY = ("request_id", "pass", "component", "key", "source")
+
+
+class Span(NamedTuple):
+    """
+    Something that takes time: a request, a pass, a compile.
+
+    Attributes:
+        prefix: What the names of its events have in common, such as ``"component.compile"``.
+        identity: What tells it from others of its kind.
+        started: The event that began it.
+    """
+
+    prefix: str
+    identity: tuple[str, ...]
+    started: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        facts = self.started
+        match self.prefix:
+            case "pass":
+                return f"pass {facts.get('pass')} of request {facts.get('request_id')}"
+            case "request":
+                return f"request {facts.get('request_id')}"
+            case "export":
+                return "export"
+        return f"{self.prefix} of {facts.get('component')}"
+
+
+class OpenSpans:
+    """The spans of one engine that have begun and not ended, in the order in which they began."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[str, ...], Span] = {}
+
+    def fold(self, event: Mapping[str, Any]) -> Span | None:
+        """
+        Take in the engine's next event.
+
+        Returns:
+            The span that this event ends, if it ends one that was seen to begin.
+        """
+        prefix, dot, ending = event["event"].rpartition(".")
+        ending = dot + ending
+        if ending == STARTED:
+            identity = _identity(prefix, event)
+            self._open[identity] = Span(prefix, identity, event)
+        elif ending in ENDINGS:
+            return self._open.pop(_identity(prefix, event), None)
+        return None
+
+    def begun(self, event: Mapping[str, Any]) -> Span | None:
+        """Return the open span that `event`, an ending or a second start, belongs to."""
+        return self._open.get(_identity(event["event"].rpartition(".")[0], event))
+
+    def __iter__(self) -> Iterator[Span]:
+        return iter(tuple(self._open.values()))
+
+    @property
+    def innermost(self) -> Span | None:
+        """The open span that began last."""
+        return next(reversed(self._open.values()), None)
+
+
+def _identity(prefix: str, event: Mapping[str, Any]) -> tuple[str, ...]:
+    return (prefix, *(str(event.get(key)) for key in _IDENTITY))

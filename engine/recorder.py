@@ -1,0 +1,120 @@
+"""The flight recorder: what an engine was doing, kept where a crash cannot take it."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from holdfast.engine.logbook.read import Entry, log_lines, read
+from holdfast.engine.logbook.spans import OpenSpans
+from holdfast.engine.logbook.write import JsonLines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+_KEPT = (
+    "event", "engine_id", "seq", "timestamp", "level", "request_id", "pass", "mode", "component",
+    "key", "source", "trigger", "dest", "state", "step", "steps", "device_asked", "shape",
+)  # fmt: skip
+
+
+class FlightRecorder:
+    """
+    A sink that keeps the last events of an engine in two files of bounded size.
+
+    Each event is handed to the operating system before the emitter returns, and so before the
+    native call that it announces: it outlives the process, though not a loss of power. The files
+    are logs in the format of `JsonLines` with fewer keys; prompts and texts of errors are never
+    in them. One path serves one engine at a time.
+
+    Args:
+        path: The newer file; the older one stands beside it, with ``.1`` after its name.
+        limit_bytes: Bound on both files together.
+
+    Raises:
+        OSError: The file cannot be opened, or, when called, written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], limit_bytes: int = 1 << 20) -> None:
+        self._path = Path(path)
+        self._segment_bytes = limit_bytes // 2
+        self._spans = OpenSpans()
+        self._lines = JsonLines(self._path)
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Write the event's place and time; when this returns, the operating system has them."""
+        if self._path.stat().st_size > self._segment_bytes:
+            self._turn_over()
+        record = {key: event[key] for key in _KEPT if key in event} | {"pid": os.getpid()}
+        self._lines(record)
+        self._spans.fold(record)
+
+    def close(self) -> None:
+        """Close the file. Closing again does nothing."""
+        self._lines.close()
+
+    def __repr__(self) -> str:
+        return f"<FlightRecorder {self._path.name}>"
+
+    def _turn_over(self) -> None:
+        self._lines.close()
+        self._path.replace(_older(self._path))
+        self._lines = JsonLines(self._path)
+        for span in self._spans:
+            self._lines(span.started)
+
+
+def crash_found(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """
+    Tell what the process that last used this flight recorder died in.
+
+    Call it before a new `FlightRecorder` is opened on the path.
+
+    Returns:
+        The keys of ``engine.crash_found``: ``died_in`` in words, ``pid``, and
+        ``elapsed_seconds`` from the start of that until the last sign of life. None where there
+        is no recording, its process is alive, or nothing was under way when it ended.
+    """
+    last: dict[str, Entry] = {}
+    spans = OpenSpans()
+    for entry in _entries(Path(path)):
+        if not last or entry.engine_id != last["sign"].engine_id:
+            spans, last = OpenSpans(), {}
+        spans.fold(entry.event)
+        last["sign"] = entry
+        if entry.name == "step.completed":
+            last["step"] = entry
+    inner = spans.innermost
+    if inner is None or _is_alive(last["sign"]):
+        return None
+    words = str(inner)
+    if inner.prefix == "pass" and "step" in last:
+        words += f", after step {last['step'].event.get('step')} of {inner.started.get('steps')}"
+    began = dt.datetime.fromisoformat(inner.started["timestamp"])
+    return {
+        "died_in": words,
+        "pid": last["sign"].event.get("pid"),
+        "elapsed_seconds": round((last["sign"].at - began).total_seconds(), 3),
+    }
+
+
+def _older(path: Path) -> Path:
+    return path.with_name(f"{path.name}.1")
+
+
+def _entries(path: Path) -> Iterator[Entry]:
+    for segment in (_older(path), path):
+        if segment.exists():
+            yield from (item for item in read(log_lines(segment)) if isinstance(item, Entry))
+
+
+def _is_alive(sign: Entry) -> bool:
+    """Say whether the process that wrote it still runs, and not another one with its number."""
+    try:
+        return psutil.Process(sign.event["pid"]).create_time() <= sign.at.timestamp()
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False
