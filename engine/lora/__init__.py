@@ -1,0 +1,8 @@
+"""LoRA without torch modules: files are read, checked against a graph, and fused into a clone."""
+
+from __future__ import annotations
+
+from holdfast.engine.lora.files import LoraFile, LoraLayer, read_lora
+from holdfast.engine.lora.fusion import Target, check, fuse, targets
+
+__all__ = ["LoraFile", "LoraLayer", "Target", "check", "fuse", "read_lora", "targets"]
