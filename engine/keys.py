@@ -1,0 +1,151 @@
+"""What identifies a compiled component: all that its compile depends on, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from holdfast.engine.families import Family, Geometry, Scale
+    from holdfast.states import Mode
+
+DYNAMIC = "dynamic"
+
+
+@dataclass(frozen=True)
+class LoraUse:
+    """
+    One LoRA in force.
+
+    Attributes:
+        name: As logs show it.
+        digest: Of the file's content, so that a renamed copy is the same LoRA.
+        weight: Factor on its change of the weights.
+        components: Names of the components that it changes.
+    """
+
+    name: str
+    digest: str
+    weight: float
+    components: frozenset[str]
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.weight:g}"
+
+
+@dataclass(frozen=True)
+class ComponentKey:
+    """
+    The identity of one compiled component.
+
+    Steps, seed, scheduler, strength and prompt are in no key; height and width are in no text
+    encoder's.
+
+    Attributes:
+        component: For example ``"unet"``.
+        source: Fingerprint of the component's graph, weights and configuration.
+        lora: The LoRAs fused into it, in a fixed order.
+        quantization: ``"none"``, ``"int8"`` or ``"int8-weights"``.
+        shape: ``"dynamic"``, or the main input's static shape such as ``"2x4x64x64"``.
+        device: The OpenVINO device asked for.
+        properties: Effective OpenVINO properties, sorted by name.
+        openvino: OpenVINO's version.
+    """
+
+    component: str
+    source: str
+    lora: tuple[LoraUse, ...] = ()
+    quantization: str = "none"
+    shape: str = DYNAMIC
+    device: str = "CPU"
+    properties: tuple[tuple[str, str], ...] = ()
+    openvino: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that stand for the key in logs and file names."""
+        parts = [f"{use.digest}@{use.weight!r}" for use in self.lora]
+        facts = (*self._plain().values(), parts, self.properties)
+        return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+
+    def changes_from(self, old: ComponentKey) -> tuple[str, ...]:
+        """Return each field that differs, as ``"field: old -> new"``."""
+        changes = []
+        for name, before, after in (
+            *((name, value, self._plain()[name]) for name, value in old._plain().items()),
+            ("lora", _listed(old.lora), _listed(self.lora)),
+            ("properties", _listed(old.properties), _listed(self.properties)),
+        ):
+            if before != after:
+                changes.append(f"{name}: {before} -> {after}")
+        return tuple(changes)
+
+    def _plain(self) -> dict[str, str]:
+        composite = ("lora", "properties")
+        return {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if each.name not in composite
+        }
+
+
+def _listed(values: Iterable[object]) -> str:
+    texts = (
+        "=".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values
+    )
+    return "+".join(texts) or "none"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """
+    Everything besides a request that decides what must be compiled.
+
+    Attributes:
+        sources: Fingerprint of each component.
+        devices: OpenVINO device of each component.
+        properties: Effective OpenVINO properties of each component.
+        quantization: Of the denoiser.
+        static: Whether the denoiser and the VAE are compiled for one size each.
+        loras: LoRA set in force.
+        openvino: OpenVINO's version.
+    """
+
+    sources: Mapping[str, str]
+    devices: Mapping[str, str]
+    properties: Mapping[str, tuple[tuple[str, str], ...]]
+    quantization: str = "none"
+    static: bool = False
+    loras: tuple[LoraUse, ...] = field(default=())
+    openvino: str = ""
+
+    def with_loras(self, loras: tuple[LoraUse, ...]) -> Setup:
+        """Return the same setup with another LoRA set."""
+        return replace(self, loras=loras)
+
+
+def keys_for(
+    family: Family, setup: Setup, mode: Mode, geometry: Geometry, scale: Scale
+) -> dict[str, ComponentKey]:
+    """Return the key of each component that `mode` needs for images of this geometry."""
+    return {
+        name: ComponentKey(
+            component=name,
+            source=setup.sources[name],
+            lora=tuple(use for use in setup.loras if name in use.components and use.weight != 0),
+            quantization=setup.quantization if name == family.denoiser else "none",
+            shape=_shape_text(family.static_shape(name, geometry, scale), static=setup.static),
+            device=setup.devices[name],
+            properties=setup.properties[name],
+            openvino=setup.openvino,
+        )
+        for name in family.components(mode)
+    }
+
+
+def _shape_text(shape: tuple[int, ...], *, static: bool) -> str:
+    return "x".join(map(str, shape)) if static and shape else DYNAMIC

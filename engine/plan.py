@@ -1,0 +1,295 @@
+"""
+The one place that decides what is done: (what is, what is asked) -> the steps, each with a reason.
+
+Pure: it reads no file, touches no model, and changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from holdfast.engine.config import Policy
+    from holdfast.engine.keys import ComponentKey
+    from holdfast.states import Mode
+
+Action = Literal["read", "fuse", "compile", "reuse", "load", "switch", "recompile", "evict"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """
+    What one step takes.
+
+    Attributes:
+        seconds: Learned from earlier runs; None where there is nothing to go by.
+        bytes: Memory that it adds (compile) or gives back (evict).
+    """
+
+    seconds: float | None = None
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    One thing to do.
+
+    Attributes:
+        action: What.
+        subject: The component, or the mode that a ``load``, ``switch`` or ``recompile`` ends in.
+        key: Digest of the component's key; empty for a change of state.
+        reason: The fields that call for it, ``"field: old -> new"``.
+        cost: What it is expected to take.
+    """
+
+    action: Action
+    subject: str
+    key: str = ""
+    reason: str = ""
+    cost: Cost = field(default=Cost(), compare=False)
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.action, self.subject, self.key) if part)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one pass needs: a mode, and the key of each component in service."""
+
+    mode: Mode
+    keys: Mapping[str, ComponentKey]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """
+    What is: all that a plan depends on beside the request.
+
+    Attributes:
+        mode: In service; None when unloaded.
+        service: The key in service for each component.
+        held: Every compiled component with its bytes, least recently used first.
+        graphs: Fingerprints of the graphs that are read.
+        budget: Bytes that all held components may take; None: no limit.
+        policy: ``"stage_first"`` keeps what serves until its successor is compiled,
+            ``"evict_first"`` gives it up first, ``"auto"`` only where the budget is too small.
+    """
+
+    mode: Mode | None = None
+    service: Mapping[str, ComponentKey] = field(default_factory=dict)
+    held: Mapping[ComponentKey, int] = field(default_factory=dict)
+    graphs: frozenset[str] = frozenset()
+    budget: int | None = None
+    policy: Policy = "auto"
+
+
+@dataclass(frozen=True)
+class Move:
+    """
+    One transaction: afterwards exactly `service` serves, or what served before does.
+
+    Attributes:
+        action: ``"load"``, ``"switch"`` and ``"recompile"`` change the lifecycle's state (the
+            last one and back again); ``"reuse"`` puts held components in service, nothing else.
+        mode: In service afterwards.
+        service: The key in service for each component afterwards.
+        steps: What is evicted, read, fused, compiled and reused, in this order.
+        reason: Of the change of state.
+    """
+
+    action: Action
+    mode: Mode
+    service: Mapping[str, ComponentKey]
+    steps: tuple[Step, ...]
+    reason: str
+
+    @property
+    def evicts_first(self) -> bool:
+        """Whether a component that serves is given up before its successor is compiled."""
+        return any(step.action == "evict" and step.reason in _OLD_FIRST for step in self.steps)
+
+    @property
+    def all_steps(self) -> tuple[Step, ...]:
+        """The steps with the change of state among them, as they are taken."""
+        change = Step(self.action, str(self.mode), reason=self.reason)
+        if self.action == "reuse":
+            return self.steps
+        return (change, *self.steps) if self.action == "recompile" else (*self.steps, change)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What will be done, in order.
+
+    Attributes:
+        stages: The moves before each pass; empty where everything needed is in service.
+        peak_bytes: The most that compiled components will hold at once.
+        budget: The limit that was planned for; None: no limit.
+    """
+
+    stages: tuple[tuple[Move, ...], ...]
+    peak_bytes: int
+    budget: int | None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Every step of every stage."""
+        return tuple(step for moves in self.stages for move in moves for step in move.all_steps)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the budget can hold what each pass needs."""
+        return self.budget is None or self.peak_bytes <= self.budget
+
+    @property
+    def compiles(self) -> tuple[str, ...]:
+        """Names of the components that will be compiled, in order."""
+        return tuple(step.subject for step in self.steps if step.action == "compile")
+
+    @property
+    def expected_seconds(self) -> float | None:
+        """Sum over the steps; None where one of them has nothing to go by."""
+        seconds = [step.cost.seconds for step in self.steps if step.action in _TIMED]
+        known = [each for each in seconds if each is not None]
+        return sum(known) if len(known) == len(seconds) else None
+
+    @property
+    def expected_bytes(self) -> int:
+        """What the compiled components will hold more than now; negative: less."""
+        signs = {"compile": 1, "evict": -1}
+        return sum(signs.get(step.action, 0) * step.cost.bytes for step in self.steps)
+
+    def __str__(self) -> str:
+        if not self.steps:
+            return "nothing to do: everything needed is in service"
+        rows = []
+        for step in self.steps:
+            took = _seconds(step.cost.seconds) if step.action in _TIMED else ""
+            size = f"{step.cost.bytes / 2**20:.0f} MiB" if step.cost.bytes else ""
+            rows.append((step.action, step.subject, step.key, took, size, step.reason))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        limit = "no budget set" if self.budget is None else f"budget {self.budget / 2**20:.0f} MiB"
+        verdict = "" if self.fits else ": does not fit"
+        return "\n".join([*table, f"peak {self.peak_bytes / 2**20:.0f} MiB, {limit}{verdict}"])
+
+
+_TIMED = ("read", "fuse", "compile")
+_EVICT_FIRST = "evict_first was asked for"
+_NO_ROOM = "the memory budget cannot hold old and new"
+_OLD_FIRST = (_EVICT_FIRST, _NO_ROOM)
+
+
+def _seconds(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1f} s"
+
+
+def plan(
+    now: Standing, stages: Iterable[Stage], price: Callable[[Action, ComponentKey], Cost]
+) -> Plan:
+    """
+    Decide what to do so that each stage can be served in turn.
+
+    Args:
+        now: Where the engine stands.
+        stages: One for each pass, in order.
+        price: What an action on a component takes; `Cost.bytes` of a compile must be exact.
+    """
+    walk = _Walk(now, price)
+    moves = tuple(tuple(walk.to(stage)) for stage in stages)
+    return Plan(moves, walk.peak, now.budget)
+
+
+class _Walk:
+    """Goes through the stages on a copy of the standing."""
+
+    def __init__(self, now: Standing, price: Callable[[Action, ComponentKey], Cost]) -> None:
+        self._mode = now.mode
+        self._service = dict(now.service)
+        self._held = dict(now.held)
+        self._graphs = set(now.graphs)
+        self._budget = now.budget
+        self._policy = now.policy
+        self._price = price
+        self.peak = 0
+
+    def to(self, stage: Stage) -> Iterator[Move]:
+        if self._mode is None:
+            yield self._move("load", stage.mode, stage.keys, f"mode: none -> {stage.mode}")
+        elif self._mode is not stage.mode:
+            kept = {name: self._service.get(name, key) for name, key in stage.keys.items()}
+            reason = f"mode: {self._mode} -> {stage.mode}"
+            yield self._move("switch", stage.mode, kept, reason)
+        if self._service != stage.keys:
+            compiles = any(key not in self._held for key in stage.keys.values())
+            changes = [
+                change
+                for name, key in stage.keys.items()
+                for change in key.changes_from(self._service[name])
+            ]
+            reason = ", ".join(dict.fromkeys(changes))
+            action: Action = "recompile" if compiles else "reuse"
+            yield self._move(action, stage.mode, stage.keys, reason)
+        for key in stage.keys.values():
+            self._held[key] = self._held.pop(key)
+
+    def _move(
+        self, action: Action, mode: Mode, service: Mapping[str, ComponentKey], reason: str
+    ) -> Move:
+        wanted = {name: key for name, key in service.items() if self._service.get(name) != key}
+        steps = [*self._make_room(wanted)]
+        for name, key in wanted.items():
+            old = self._service.get(name)
+            why = f"{mode} needs it" if old is None else ", ".join(key.changes_from(old))
+            steps += self._provide(key, why)
+        self._mode, self._service = mode, dict(service)
+        return Move(action, mode, dict(service), tuple(steps), reason)
+
+    def _make_room(self, wanted: Mapping[str, ComponentKey]) -> Iterator[Step]:
+        """Evict the least recently used until the missing fit; what serves goes last."""
+        missing = [key for key in wanted.values() if key not in self._held]
+        needed = sum(self._price("compile", key).bytes for key in missing)
+        serving = set(self._service.values())
+        idle = [k for k in self._held if k not in serving and k not in wanted.values()]
+        old = [self._service[key.component] for key in missing if key.component in self._service]
+        if self._policy == "evict_first":
+            for key in old:
+                yield self._evict(key, _EVICT_FIRST)
+        for key in idle:
+            if self._over(needed):
+                yield self._evict(key, "memory budget")
+        if self._policy == "auto":
+            for key in old:
+                if self._over(needed):
+                    yield self._evict(key, _NO_ROOM)
+
+    def _over(self, needed: int) -> bool:
+        return self._budget is not None and sum(self._held.values()) + needed > self._budget
+
+    def _evict(self, key: ComponentKey, reason: str) -> Step:
+        return self._step("evict", key, reason, Cost(bytes=self._held.pop(key)))
+
+    def _provide(self, key: ComponentKey, reason: str) -> Iterator[Step]:
+        if key in self._held:
+            yield self._step("reuse", key, reason, Cost())
+            return
+        if key.source not in self._graphs:
+            self._graphs.add(key.source)
+            yield self._step("read", key, reason, self._price("read", key))
+        if key.lora:
+            yield self._step("fuse", key, reason, self._price("fuse", key))
+        cost = self._price("compile", key)
+        self._held[key] = cost.bytes
+        self.peak = max(self.peak, sum(self._held.values()))
+        yield self._step("compile", key, reason, cost)
+
+    def _step(self, action: Action, key: ComponentKey, reason: str, cost: Cost) -> Step:
+        return Step(action, key.component, key.digest, reason, cost)
