@@ -1,0 +1,164 @@
+"""
+The one door to the heavy libraries: openvino, torch, transformers, diffusers, optimum.
+
+Importing them says things on the terminal, warns, sends usage statistics, and fails where torchvision
+does not fit torch. A host sees none of that: import them through `runtime` or `heavy`, nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import threading
+import warnings
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from holdfast.states import Emit
+
+LIBRARIES = ("diffusers", "huggingface_hub", "nncf", "openvino", "optimum", "torch", "transformers")
+# These two speak while they are imported, when no other logger of their library exists yet.
+_EARLY_LOGGERS = ("diffusers.utils.import_utils", "transformers.utils.import_utils")
+_LOCK = threading.RLock()
+
+
+def runtime() -> None:
+    """
+    Import ``openvino`` (0.2 s), and keep it from reporting the import to its maker.
+
+    ``import openvino`` sends a usage event through ``openvino_telemetry`` unless its user has opted
+    out, and nncf sends more. Both go silent where that package is not installed, and as such they
+    see it here, during their own import. The package itself stays as the host has it.
+    """
+    with _LOCK, _absent("openvino_telemetry"):
+        importlib.import_module("openvino")
+
+
+def heavy(emit: Emit | None = None) -> None:
+    """
+    Import optimum-intel with all that it brings (5 to 7 s the first time, then nothing), quietly.
+
+    A torchvision that cannot be imported (PyPI's beside a CPU build of torch) would take
+    transformers down with it. It is hidden for this process, as if it were not installed; one that
+    works is left alone. Safe to call from any thread and as often as you like.
+
+    Args:
+        emit: Told ``imports.torchvision_hidden`` where that was necessary.
+    """
+    with _LOCK, quiet():
+        runtime()
+        error = _unusable("torchvision")
+        if error is not None:
+            _hide("torchvision")
+            if emit is not None:
+                emit("imports.torchvision_hidden", level="warning", error=error)
+        with _absent("openvino_telemetry"), _process_settings_kept():
+            importlib.import_module("optimum.intel.openvino")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """
+    Hold back what `LIBRARIES` say on this thread, up to but without errors, while the block runs.
+
+    The host's own warnings and log records pass: the warning filters match these libraries' modules
+    only (not ``warnings.catch_warnings``, which mutes the whole process and, left in another order
+    by two threads, never lets go), and the log filter stops records of the calling thread only.
+    """
+    muffler = _Muffler()
+    loggers = _loggers()
+    for logger in loggers:
+        logger.addFilter(muffler)
+    warnings.filterwarnings("ignore", module=rf"({'|'.join(LIBRARIES)})(\.|$)")
+    filters: Any = warnings.filters
+    ours = filters[0]
+    try:
+        yield
+    finally:
+        # The host may have entered or left a catch_warnings meanwhile: that swaps the whole list.
+        for held in (filters, warnings.filters):
+            if ours in held:
+                held.remove(ours)
+        for logger in loggers:
+            logger.removeFilter(muffler)
+
+
+class _Muffler(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.thread != self._thread or record.levelno >= logging.ERROR
+
+
+def _loggers() -> list[logging.Logger]:
+    known = [
+        name
+        for name in tuple(logging.root.manager.loggerDict)
+        if name.partition(".")[0] in LIBRARIES
+    ]
+    return [logging.getLogger(name) for name in dict.fromkeys((*known, *_EARLY_LOGGERS))]
+
+
+def _unusable(package: str) -> str | None:
+    """Return why an installed package cannot be imported; None where it can, or is not there."""
+    if package in sys.modules or find_spec(package) is None:
+        return None
+    try:
+        importlib.import_module(package)
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _hide(package: str) -> None:
+    for name in tuple(sys.modules):
+        if name.startswith(f"{package}."):
+            del sys.modules[name]
+    modules: dict[str, Any] = sys.modules
+    modules[package] = None  # What Python itself reads as: an import of this raises ImportError.
+    if "transformers" in sys.modules:  # It has perhaps been asked for torchvision, and remembers.
+        import_utils: Any = importlib.import_module("transformers.utils.import_utils")
+        import_utils.is_torchvision_available.cache_clear()
+
+
+@contextmanager
+def _process_settings_kept() -> Iterator[None]:
+    """
+    Undo what these imports do to the whole process.
+
+    optimum-intel 2.2 mutes every FutureWarning, and nncf 3.4 makes its own logger class the one
+    that ``logging.getLogger`` gives to everybody.
+    """
+    filters: Any = warnings.filters
+    before = list(filters)
+    logger_class = logging.getLoggerClass()
+    try:
+        yield
+    finally:
+        logging.setLoggerClass(logger_class)
+        for rule in [rule for rule in filters if rule not in before]:
+            _, message, category, module, _ = rule
+            if message is module is None and category.__module__ == "builtins":
+                filters.remove(rule)
+
+
+@contextmanager
+def _absent(package: str) -> Iterator[None]:
+    """Make an import of `package` fail inside the block, as where it is not installed."""
+    modules: dict[str, Any] = sys.modules
+    before = modules.get(package, _absent)
+    modules[package] = None
+    try:
+        yield
+    finally:
+        if before is _absent:
+            del modules[package]
+        else:
+            modules[package] = before
