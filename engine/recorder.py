@@ -51,7 +51,7 @@ class FlightRecorder:
             self._turn_over()
         record = {key: event[key] for key in _KEPT if key in event} | {"pid": os.getpid()}
         self._lines(record)
-        self._spans.fold(record)
+        self._spans.fold(Entry(0, dt.datetime.now(dt.UTC), record))
 
     def close(self) -> None:
         """Close the file. Closing again does nothing."""
@@ -65,7 +65,7 @@ class FlightRecorder:
         self._path.replace(_older(self._path))
         self._lines = JsonLines(self._path)
         for span in self._spans:
-            self._lines(span.started)
+            self._lines(span.started.event)
 
 
 def crash_found(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -84,7 +84,7 @@ def crash_found(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     for entry in _entries(Path(path)):
         if not last or entry.engine_id != last["sign"].engine_id:
             spans, last = OpenSpans(), {}
-        spans.fold(entry.event)
+        spans.fold(entry)
         last["sign"] = entry
         if entry.name == "step.completed":
             last["step"] = entry
@@ -93,12 +93,13 @@ def crash_found(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
     words = str(inner)
     if inner.prefix == "pass" and "step" in last:
-        words += f", after step {last['step'].event.get('step')} of {inner.started.get('steps')}"
-    began = dt.datetime.fromisoformat(inner.started["timestamp"])
+        words += (
+            f", after step {last['step'].event.get('step')} of {inner.started.event.get('steps')}"
+        )
     return {
         "died_in": words,
         "pid": last["sign"].event.get("pid"),
-        "elapsed_seconds": round((last["sign"].at - began).total_seconds(), 3),
+        "elapsed_seconds": round((last["sign"].at - inner.started.at).total_seconds(), 3),
     }
 
 

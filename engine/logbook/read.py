@@ -15,6 +15,27 @@ if TYPE_CHECKING:
     from os import PathLike
 
 _POLL_SECONDS = 0.2
+
+
+class _Reliable(msgspec.Struct):
+    """The types that the readers of entries rely on; an event may carry any key besides."""
+
+    event: str
+    engine_id: str
+    seq: int
+    timestamp: str | float
+    level: str = ""
+    number: int = msgspec.field(name="pass", default=0)
+    step: int = 0
+    steps: int | list[str] = 0
+    lora: list[str] | str | None = None
+    held: list[str] | None = None
+    seconds: float | None = None
+    elapsed_seconds: float | None = None
+    rss_bytes: float | None = None
+    held_bytes: float | None = None
+
+
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
@@ -81,8 +102,8 @@ def read(lines: Iterable[bytes]) -> Iterator[Entry | Problem]:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             yield Problem(number, "broken" if whole else "cut", f"not JSON: {error}")
             continue
-        at = _moment(event.get("timestamp"))
-        if at is None or not _is_ours(event):
+        at = _moment(event)
+        if at is None:
             yield Problem(number, "foreign", "no event of a Holdfast engine")
         else:
             yield Entry(number, at, event)
@@ -117,22 +138,17 @@ def followed_lines(source: str | PathLike[str]) -> Iterator[bytes]:
                 time.sleep(_POLL_SECONDS)
 
 
-def _is_ours(event: dict[str, Any]) -> bool:
-    return (
-        isinstance(event.get("event"), str)
-        and isinstance(event.get("engine_id"), str)
-        and type(event.get("seq")) is int
-    )
+def _moment(event: dict[str, Any]) -> dt.datetime | None:
+    """
+    Return when the event happened, or None for what is no event of ours.
 
-
-def _moment(stamp: object) -> dt.datetime | None:
-    """Read ISO 8601 or, as structlog writes by default, seconds since 1970."""
+    The timestamp is ISO 8601 or, as structlog writes by default, seconds since 1970.
+    """
     try:
-        if isinstance(stamp, str):
-            at = dt.datetime.fromisoformat(stamp)
-            return at if at.tzinfo else at.replace(tzinfo=dt.UTC)
-        if isinstance(stamp, (int, float)):
+        stamp = msgspec.convert(event, _Reliable).timestamp
+        if isinstance(stamp, float):
             return dt.datetime.fromtimestamp(stamp, dt.UTC)
-    except (ValueError, OverflowError, OSError):
-        pass
-    return None
+        at = dt.datetime.fromisoformat(stamp)
+    except (msgspec.ValidationError, ValueError, OverflowError, OSError):
+        return None
+    return at if at.tzinfo else at.replace(tzinfo=dt.UTC)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from holdfast.engine.logbook.read import Entry
+
 STARTED = ".started"
 ENDINGS = (".completed", ".failed", ".cancelled")
 _IDENTITY = ("request_id", "pass", "component", "key", "source")
@@ -19,15 +21,15 @@ class Span(NamedTuple):
     Attributes:
         prefix: What the names of its events have in common, such as ``"component.compile"``.
         identity: What tells it from others of its kind.
-        started: The event that began it.
+        started: The event that began it, as an entry.
     """
 
     prefix: str
     identity: tuple[str, ...]
-    started: Mapping[str, Any]
+    started: Entry
 
     def __str__(self) -> str:
-        facts = self.started
+        facts = self.started.event
         match self.prefix:
             case "pass":
                 return f"pass {facts.get('pass')} of request {facts.get('request_id')}"
@@ -44,18 +46,19 @@ class OpenSpans:
     def __init__(self) -> None:
         self._open: dict[tuple[str, ...], Span] = {}
 
-    def fold(self, event: Mapping[str, Any]) -> Span | None:
+    def fold(self, entry: Entry) -> Span | None:
         """
         Take in the engine's next event.
 
         Returns:
             The span that this event ends, if it ends one that was seen to begin.
         """
+        event = entry.event
         prefix, dot, ending = event["event"].rpartition(".")
         ending = dot + ending
         if ending == STARTED:
             identity = _identity(prefix, event)
-            self._open[identity] = Span(prefix, identity, event)
+            self._open[identity] = Span(prefix, identity, entry)
         elif ending in ENDINGS:
             return self._open.pop(_identity(prefix, event), None)
         return None

@@ -1,0 +1,250 @@
+"""Where an engine stood: its events folded, one by one, with the chart that the engine obeys."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from holdfast.engine.logbook.read import Entry
+from holdfast.engine.logbook.spans import OpenSpans
+from holdfast.states import CHART, IllegalTransition, Mode, State, Trigger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from holdfast.engine.logbook.read import Problem
+
+_MODE_OF: Mapping[str, Mode] = {
+    make(mode): mode for mode in Mode for make in (Trigger.load, Trigger.switch)
+}
+
+
+def step_of(event: Mapping[str, Any]) -> str | None:
+    """Return the step of a plan that `event` says was done, as a plan writes it."""
+    if event["event"] == "component.compile.completed":
+        return f"compile {event.get('component')} {event.get('key')}"
+    if event["event"] == "state.changed":
+        trigger = str(event.get("trigger"))
+        if trigger == Trigger.RECOMPILE:
+            return f"recompile {event.get('origin')}"
+        if trigger in _MODE_OF:
+            return f"{trigger.split('-', maxsplit=1)[0]} {_MODE_OF[trigger]}"
+    return None
+
+
+def lora_words(loras: object) -> str:
+    """Write a LoRA set as the reasons of a plan do: ``"ink@0.8+line@1"`` or ``"none"``."""
+    if isinstance(loras, (list, tuple)):
+        return "+".join(map(str, loras)) or "none"
+    return str(loras)
+
+
+@dataclass
+class Run:
+    """
+    One request under way.
+
+    Attributes:
+        started: The event ``request.started``.
+        passes: The latest event of each pass, by its number.
+        steps: How many ``step.completed`` the pass under way has told.
+        upscale: The event ``upscale.completed``, once there is one.
+    """
+
+    started: Mapping[str, Any]
+    passes: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    steps: int = 0
+    upscale: Mapping[str, Any] | None = None
+
+
+@dataclass
+class Course:
+    """
+    One engine, as far as its log has been read.
+
+    Attributes:
+        engine_id: The engine.
+        events: Number of events folded.
+        first_seq: `seq` of the first event; over 1 where the log begins late.
+        seq: Highest `seq` so far.
+        last: The latest event.
+        state: The lifecycle state; None where the log began later than the engine.
+        held: Component of each compiled key that is held.
+        lora: The LoRA set in force, as in ``"ink@0.8+line@1"`` or ``"none"``; None: not told yet.
+        lora_due: The one that the recompile under way is to end with.
+        spans: What has begun and not ended.
+        runs: Requests under way, by their id.
+        planned: What the plan in force still expects to be done; None where there is none.
+        degraded: Kinds of degradation that were told.
+        debug: Whether events of level debug are in the log.
+        closed: Whether the engine was closed.
+    """
+
+    engine_id: str
+    events: int = 0
+    first_seq: int = 0
+    seq: int = 0
+    last: Entry | None = None
+    state: str | None = None
+    held: dict[str, str] = field(default_factory=dict)
+    lora: str | None = None
+    lora_due: str | None = None
+    spans: OpenSpans = field(default_factory=OpenSpans)
+    runs: dict[str, Run] = field(default_factory=dict)
+    planned: Counter[str] | None = None
+    degraded: set[str] = field(default_factory=set)
+    debug: bool = False
+    closed: bool = False
+
+    @property
+    def mode(self) -> Mode | None:
+        """The mode in service, or the one that a recompile began in."""
+        return State(self.state).mode if self.state in set(State) else None
+
+    def fold(self, entry: Entry) -> None:
+        """Take in the engine's next event."""
+        event, seq = entry.event, entry.seq
+        self.first_seq = self.first_seq or seq
+        self.seq = max(self.seq, seq)
+        self.events += 1
+        self.last = entry
+        if event.get("level") == "debug":
+            self.debug = True
+        self.spans.fold(entry)
+        if folding := _FOLDS.get(event["event"]):
+            folding(self, event)
+
+    def run_of(self, event: Mapping[str, Any]) -> Run | None:
+        """Return the request under way that `event` belongs to."""
+        return self.runs.get(str(event.get("request_id")))
+
+    def as_snapshot(self) -> dict[str, Any]:
+        """Return what ``engine.snapshot`` should say here."""
+        return {
+            "state": self.state,
+            "mode": self.mode,
+            "held": sorted(self.held),
+            "lora": self.lora,
+        }
+
+
+def _opened(course: Course, _: Mapping[str, Any]) -> None:
+    course.state = State.UNLOADED.value
+
+
+def _closed(course: Course, _: Mapping[str, Any]) -> None:
+    course.closed = True
+
+
+def _moved(course: Course, event: Mapping[str, Any]) -> None:
+    try:
+        course.state = CHART.dest(str(event.get("trigger")), course.state or "").value
+    except IllegalTransition:
+        course.state = str(event.get("dest"))
+    if course.state == State.UNLOADED:
+        course.held.clear()
+    _did(course, event)
+    if "lora" in event:
+        loras = lora_words(event["lora"])
+        course.lora_due = loras if event.get("trigger") == Trigger.RECOMPILE else None
+        course.lora = course.lora if course.lora_due else loras
+
+
+def _compiled(course: Course, event: Mapping[str, Any]) -> None:
+    course.held[str(event.get("key"))] = str(event.get("component"))
+    _did(course, event)
+
+
+def _evicted(course: Course, event: Mapping[str, Any]) -> None:
+    course.held.pop(str(event.get("key")), None)
+
+
+def _planned(course: Course, event: Mapping[str, Any]) -> None:
+    course.planned = Counter(str(step) for step in event.get("steps") or ())
+
+
+def _off_plan(course: Course, _: Mapping[str, Any]) -> None:
+    course.planned = None
+
+
+def _did(course: Course, event: Mapping[str, Any]) -> None:
+    step = step_of(event)
+    if course.planned is not None and step and course.planned[step]:
+        course.planned[step] -= 1
+
+
+def _request_began(course: Course, event: Mapping[str, Any]) -> None:
+    course.runs[str(event.get("request_id"))] = Run(event)
+
+
+def _request_ended(course: Course, event: Mapping[str, Any]) -> None:
+    course.runs.pop(str(event.get("request_id")), None)
+    course.planned = None
+
+
+def _passed(course: Course, event: Mapping[str, Any]) -> None:
+    if run := course.run_of(event):
+        run.passes[event.get("pass", 0)] = event
+        if event["event"] == "pass.started":
+            run.steps = 0
+
+
+def _stepped(course: Course, event: Mapping[str, Any]) -> None:
+    if run := course.run_of(event):
+        run.steps += 1
+
+
+def _upscaled(course: Course, event: Mapping[str, Any]) -> None:
+    if run := course.run_of(event):
+        run.upscale = event
+
+
+def _degraded(course: Course, event: Mapping[str, Any]) -> None:
+    course.degraded.add(str(event.get("kind")))
+
+
+_FOLDS: Mapping[str, Callable[[Course, Mapping[str, Any]], None]] = {
+    "engine.opened": _opened,
+    "engine.closed": _closed,
+    "state.changed": _moved,
+    "component.compile.completed": _compiled,
+    "component.compile.failed": _off_plan,
+    "component.evicted": _evicted,
+    "plan.made": _planned,
+    "request.started": _request_began,
+    "request.completed": _request_ended,
+    "request.failed": _request_ended,
+    "request.cancelled": _request_ended,
+    "pass.started": _passed,
+    "pass.completed": _passed,
+    "step.completed": _stepped,
+    "upscale.completed": _upscaled,
+    "degradation": _degraded,
+}
+
+
+def courses(items: Iterable[Entry | Problem]) -> Iterator[tuple[Entry, Course]]:
+    """Fold a log with any number of engines: each entry with its engine's course after it."""
+    known: dict[str, Course] = {}
+    for item in items:
+        if isinstance(item, Entry):
+            course = known.setdefault(item.engine_id, Course(item.engine_id))
+            course.fold(item)
+            yield item, course
+
+
+def differences(course: Course, snapshot: Mapping[str, Any]) -> list[str]:
+    """Say in what an ``engine.snapshot`` differs from what the events before it add up to."""
+    folded = course.as_snapshot()
+    told = {
+        "state": snapshot.get("state"),
+        "mode": snapshot.get("mode"),
+        "held": sorted(snapshot.get("held") or ()),
+        "lora": lora_words(snapshot.get("lora")),
+    }
+    return [
+        f"{name}: the events give {folded[name]}, the snapshot says {told[name]}"
+        for name in told
+        if folded[name] is not None and folded[name] != told[name]
+    ]

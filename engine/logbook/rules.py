@@ -1,0 +1,249 @@
+"""The rules that a log is held against, one function each; `RULES` is the table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from holdfast.engine.logbook.replay import lora_words, step_of
+from holdfast.states import CHART, IllegalTransition, Mode, State, Trigger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from holdfast.engine.logbook.read import Entry
+    from holdfast.engine.logbook.replay import Course
+
+_FIRST, _SECOND = 1, 2
+_ENDINGS_OF_RECOMPILE = (
+    Trigger.RECOMPILED,
+    Trigger.RECOMPILE_ROLLED_BACK,
+    Trigger.RECOMPILE_ABANDONED,
+)
+# These run the denoiser more often than once a step: PNDM evaluates one timestep twice, Heun's
+# method looks ahead in every step but the last (diffusers, `set_timesteps` of each).
+_EVALUATIONS: Mapping[str, Callable[[int], int]] = {
+    "PNDMScheduler": lambda steps: steps + 1,
+    "pndm": lambda steps: steps + 1,
+    "HeunDiscreteScheduler": lambda steps: 2 * steps - 1,
+    "heun": lambda steps: 2 * steps - 1,
+}
+
+
+class Rule(NamedTuple):
+    """
+    One rule.
+
+    Attributes:
+        id: Stable name.
+        words: What holds, for a person.
+        events: Names of the events that can break it; empty: any event can.
+        check: Given the engine's course before the event, and the event: what is wrong, or None.
+    """
+
+    id: str
+    words: str
+    events: tuple[str, ...]
+    check: Callable[[Course, Entry], str | None]
+
+
+def _gap(before: Course, entry: Entry) -> str | None:
+    if not before.events or entry.seq <= before.seq + 1:
+        return None
+    first, last = before.seq + 1, entry.seq - 1
+    return f"seq {first} is missing" if first == last else f"seq {first} to {last} are missing"
+
+
+def _order(before: Course, entry: Entry) -> str | None:
+    if entry.seq > before.seq:
+        return None
+    return f"seq {entry.seq} stands here after seq {before.seq}"
+
+
+def _edge(_: Course, entry: Entry) -> str | None:
+    trigger, source, dest = (str(entry.event.get(key)) for key in ("trigger", "source", "dest"))
+    try:
+        legal = CHART.dest(trigger, source)
+    except IllegalTransition:
+        return f"the chart has no {trigger!r} in state {source!r}"
+    if dest != legal and trigger not in _ENDINGS_OF_RECOMPILE:
+        return f"{trigger!r} leads from {source!r} to {legal.value!r}, not to {dest!r}"
+    return None
+
+
+def _source(before: Course, entry: Entry) -> str | None:
+    source = entry.event.get("source")
+    if before.state is None or source == before.state:
+        return None
+    return f"the log had reached {before.state!r}, but the move starts in {source!r}"
+
+
+def _recompile(_: Course, entry: Entry) -> str | None:
+    trigger, source, dest = (str(entry.event.get(key)) for key in ("trigger", "source", "dest"))
+    if trigger not in _ENDINGS_OF_RECOMPILE or source not in set(State):
+        return None
+    began = State(source).mode
+    if dest != State.UNLOADED and dest not in set(State):
+        return f"the recompile that began in {began} ended in {dest!r}"
+    if dest != State.UNLOADED and State(dest).mode is not began:
+        return f"the recompile that began in {began} ended in {State(dest).mode}"
+    if (dest == State.UNLOADED) != (trigger == Trigger.RECOMPILE_ABANDONED):
+        return f"{trigger!r} ended in {dest!r}"
+    return None
+
+
+def _pipeline(before: Course, entry: Entry) -> str | None:
+    event = entry.event
+    mode, made_for = str(event.get("mode")), _mode_of_class(str(event.get("pipeline")))
+    if event.get("pass") == _SECOND and Mode.IMG2IMG not in (mode, made_for):
+        return f"pass 2 ran as {mode} on {event.get('pipeline')}"
+    if made_for != mode:
+        return f"pass {event.get('pass')} was to run as {mode} but ran on {event.get('pipeline')}"
+    if before.state in set(State) and before.state != f"compiled-{mode}":
+        return f"pass {event.get('pass')} runs as {mode} in state {before.state!r}"
+    return None
+
+
+def _mode_of_class(pipeline: str) -> str:
+    return Mode.IMG2IMG if "Img2Img" in pipeline else Mode.TXT2IMG
+
+
+def _digests(before: Course, entry: Entry) -> str | None:
+    run = before.run_of(entry.event)
+    if run is None or entry.event.get("pass") == _FIRST or _FIRST not in run.passes:
+        return None
+    first, given = run.passes[_FIRST].get("output_digest"), entry.event.get("input_digest")
+    if entry.name == "upscale.completed":
+        if given != first:
+            return f"the upscale took {given}, but pass 1 made {first}"
+        return None
+    made = run.upscale.get("output_digest") if run.upscale else first
+    return None if given == made else f"pass 2 took {given}, but was to take {made}"
+
+
+def _size(before: Course, entry: Entry) -> str | None:
+    event, made = entry.event, _area(entry.event)
+    run = before.run_of(event)
+    if entry.name == "pass.started":
+        enlarged = run.upscale if run and event.get("pass") == _SECOND else None
+        if enlarged and _area(enlarged) != made:
+            return f"enlarged to {_area(enlarged)}, but pass 2 runs at {made}"
+        return None
+    span = before.spans.begun(event)
+    if span and _area(span.started.event) != made:
+        return f"{_area(span.started.event)} was asked for, {made} was made"
+    last = run.passes.get(max(run.passes)) if run and run.passes else None
+    if entry.name == "request.completed" and last and _area(last) != made:
+        return f"the last pass made {_area(last)}, the request {made}"
+    return None
+
+
+def _area(event: Mapping[str, Any]) -> str:
+    return f"{event.get('width')}x{event.get('height')}"
+
+
+def _steps(before: Course, entry: Entry) -> str | None:
+    event = entry.event
+    asked, evaluations = event.get("steps"), event.get("evaluations")
+    if not isinstance(asked, int) or evaluations is None:
+        return None
+    expected = _EVALUATIONS.get(str(event.get("scheduler")), int)(asked)
+    if evaluations != expected:
+        return f"{asked} steps are {expected} evaluations, but {evaluations} were made"
+    run = before.run_of(event)
+    if before.debug and run and run.steps not in (asked, expected):
+        return f"{asked} steps were asked for, the log tells of {run.steps}"
+    return None
+
+
+def _compile_in_pass(before: Course, entry: Entry) -> str | None:
+    for span in before.spans:
+        if span.prefix == "pass":
+            return f"{entry.event.get('component')} was compiled inside {span}"
+    return None
+
+
+def _compile_twice(before: Course, entry: Entry) -> str | None:
+    component, key = entry.event.get("component"), str(entry.event.get("key"))
+    if key in before.held:
+        return f"{component} {key} was compiled although it was held"
+    return None
+
+
+def _lora(before: Course, entry: Entry) -> str | None:
+    event = entry.event
+    if "lora" not in event or before.lora is None or before.state == State.UNLOADED:
+        return None
+    trigger, loras = event.get("trigger"), lora_words(event["lora"])
+    if trigger == Trigger.RECOMPILE:
+        return None
+    due = before.lora_due if trigger == Trigger.RECOMPILED and before.lora_due else before.lora
+    return None if loras == due else f"{due} is due, {loras} is in force"
+
+
+def _plan(before: Course, entry: Entry) -> str | None:
+    if entry.name == "plan.missed":
+        return f"planned {entry.event.get('planned')}, done {entry.event.get('done')}"
+    if before.planned is None:
+        return None
+    if entry.name == "request.completed":
+        left = ", ".join(step for step in before.planned.elements() if _is_checked(step))
+        return f"planned, but not done: {left}" if left else None
+    step = step_of(entry.event)
+    if step is None or before.planned[step]:
+        return None
+    return f"done, but not planned: {step}"
+
+
+def _is_checked(step: str) -> bool:
+    return step.startswith(("compile ", "load ", "switch ", "recompile "))
+
+
+def _endings(before: Course, entry: Entry) -> str | None:
+    if entry.name == "engine.closed":
+        left = ", ".join(str(span) for span in before.spans)
+        return f"never ended: {left}" if left else None
+    if entry.name.endswith(".started") and (span := before.spans.begun(entry.event)):
+        return f"{span} began again before it ended"
+    return None
+
+
+def _device(before: Course, entry: Entry) -> str | None:
+    asked, given = str(entry.event.get("device_asked")), entry.event.get("device")
+    devices = [str(each) for each in given] if isinstance(given, list) else [str(given)]
+    if "device" in before.degraded or asked.startswith(("AUTO", "MULTI", "HETERO", "BATCH")):
+        return None
+    if all(each.split(".")[0] == asked.split(".", maxsplit=1)[0] for each in devices):
+        return None
+    return f"{asked} was asked for, {entry.event.get('component')} is on {', '.join(devices)}"
+
+
+GAP = Rule("gap", "No event is missing.", (), _gap)
+ORDER = Rule("order", "No event stands twice or out of its order.", (), _order)
+RULES = (
+    GAP,
+    ORDER,
+    Rule("edge", "Every move is one of the chart.", ("state.changed",), _edge),
+    Rule("source", "Every move starts in the state that the log had reached.",
+         ("state.changed",), _source),
+    Rule("recompile", "Every recompile ends once, in the mode it began in.",
+         ("state.changed",), _recompile),
+    Rule("pipeline", "Every pass runs on the pipeline of its mode, with that mode in service; "
+         "pass two is img2img.", ("pass.started",), _pipeline),
+    Rule("digests", "What pass one made is what is enlarged, and that is what pass two takes.",
+         ("upscale.completed", "pass.started"), _digests),
+    Rule("size", "What is made has the size that was asked for.",
+         ("pass.started", "pass.completed", "request.completed"), _size),
+    Rule("steps", "Exactly the steps that were asked for are run.", ("pass.completed",), _steps),
+    Rule("compile-in-pass", "Nothing is compiled inside a pass.",
+         ("component.compile.started",), _compile_in_pass),
+    Rule("compile-twice", "What is held is not compiled again.",
+         ("component.compile.started",), _compile_twice),
+    Rule("lora", "The LoRA set changes only as planned: by a recompile, to the set it names.",
+         ("state.changed", "pass.started"), _lora),
+    Rule("plan", "What is done is what was planned.",
+         ("plan.missed", "component.compile.completed", "state.changed", "request.completed"),
+         _plan),
+    Rule("endings", "What is begun ends once.", (), _endings),
+    Rule("device", "Every component is on the device that was asked for, unless it was told.",
+         ("component.compile.completed",), _device),
+)  # fmt: skip
