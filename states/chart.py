@@ -156,7 +156,7 @@ class Chart:
             for value, kind in zip(row, (Trigger, State, State), strict=True):
                 if not isinstance(value, kind):
                     near = get_close_matches(value, list(kind), n=1)
-                    hint = "".join(f"; is {kind(name)!s} meant?" for name in near)
+                    hint = "".join(f"; is {kind(name)!r} meant?" for name in near)
                     yield f"{row}: {value!r} is not a member of {kind.__name__}{hint}"
 
     def _loose_ends(self) -> Iterator[str]:
@@ -164,16 +164,17 @@ class Chart:
         for (trigger, source), count in Counter(row[:2] for row in self.rows).items():
             if count > 1:
                 yield f"{trigger} from {source} stands on {count} rows: which one would win?"
-        for state in set(State) - _reach(moves):
+        for state in sorted(set(State) - _reach(moves)):
             yield f"{state} is out of reach: no way leads there from {State.UNLOADED}"
-        for state in set(State) - _reach({(dest, source) for source, dest in moves}):
+        for state in sorted(set(State) - _reach({(dest, source) for source, dest in moves})):
             yield f"{state} is a trap: no way leads from there to {State.UNLOADED}"
-        for trigger in set(Trigger) - {row.trigger for row in self.rows}:
+        for trigger in sorted(set(Trigger) - {row.trigger for row in self.rows}):
             yield f"{trigger} has no row: it could never be fired"
 
     def _lost_places(self) -> Iterator[str]:
         for mode in Mode:
             compiled, recompiling = State.compiled(mode), State.recompiling(mode)
+            named = (Trigger.load(mode), Trigger.switch(mode))
             if not any(row[1:] == (recompiling, compiled) for row in self.rows):
                 yield f"{recompiling} cannot return to {compiled}"
             for row in self.rows:
@@ -181,12 +182,12 @@ class Chart:
                     yield f"{row}: a recompile ends where it began, or unloaded"
                 if row.dest is recompiling and row.source is not compiled:
                     yield f"{row}: {recompiling} would claim an origin that it does not have"
-                if row.trigger in (f"load-{mode}", f"switch-{mode}") and row.dest is not compiled:
+                if row.trigger in named and row.dest is not compiled:
                     yield f"{row}: the trigger names {mode}"
         for trigger in Trigger:
             ends = [end for row in self.rows if row.trigger is trigger for end in row[1:]]
-            named = {end.mode for end in ends if end.is_recompiling}
-            if named and named != set(Mode):
+            origins = {end.mode for end in ends if end.is_recompiling}
+            if origins and origins != set(Mode):
                 yield f"{trigger} belongs to some recompiles only: to fire it is to name a mode"
 
 

@@ -33,8 +33,8 @@ class IllegalTransition(HoldfastError):  # noqa: N818 - the name is part of the 
 
     def __init__(self, trigger: str, state: str, legal: tuple[str, ...]) -> None:
         super().__init__(
-            f"{trigger!s} was asked for, which nothing allows in state {state!s}; the state is "
-            f"unchanged. Possible there: {', '.join(legal) or 'nothing'}.",
+            f"{trigger} was fired in state {state}, where the chart has no such move; the state "
+            f"is unchanged. Possible there: {', '.join(legal) or 'nothing'}.",
             state_after=str(state),
         )
         self.trigger = str(trigger)

@@ -76,7 +76,7 @@ class Lifecycle:
 
     def __init__(self, emit: Emit | None = None, chart: Chart = CHART) -> None:
         self._chart = chart
-        self._emit = emit or _log
+        self._emit = _log if emit is None else emit
         self._moving = threading.Lock()
         self._place = _Place()
         self._machine = _Machine(
@@ -119,8 +119,8 @@ class Lifecycle:
         """
         Move, and log one event: ``state.changed``, or ``state.refused`` where the move is illegal.
 
-        The event is logged when the move is over. An ``emit`` that raises undoes nothing and
-        stops nobody: the event then goes to ``logging.getLogger("holdfast")`` with the exception.
+        The event is logged when the move is over. An ``emit`` that raises neither undoes the move
+        nor hides it: its exception and the event go to ``logging.getLogger("holdfast")``.
 
         Args:
             trigger: What happened, or is asked for.
