@@ -56,7 +56,6 @@ class _Place:
     state: str
     trigger: Callable[[str], bool]
     may_trigger: Callable[[str], bool]
-    to: Callable[[str], None]
 
 
 class Lifecycle:
@@ -86,7 +85,8 @@ class Lifecycle:
             transitions=[[end.value for end in row] for row in chart.rows],
             auto_transitions=False,
         )
-        del self._place.to  # given even without automatic transitions: it goes anywhere
+        # It is given a way anywhere even where automatic transitions are off.
+        vars(self._place).pop("to", None)
         self._since = time.monotonic()
 
     def __repr__(self) -> str:

@@ -36,6 +36,13 @@ def test_the_machine_has_the_edges_of_the_chart_and_no_other(lifecycle: Lifecycl
     assert sorted(lifecycle.edges()) == sorted(CHART.rows)
 
 
+def test_the_recompiles_are_children_of_one_composite_state(lifecycle: Lifecycle) -> None:
+    """The machine nests them: recompiling has one child for each mode, and no other has any."""
+    children = {name: [*state.states] for name, state in lifecycle._machine.states.items()}
+    assert children.pop("recompiling") == [*Mode]
+    assert children == {state: [] for state in State if not state.is_recompiling}
+
+
 @pytest.mark.parametrize(("trigger", "source"), LEGAL)
 def test_a_legal_move_ends_where_the_chart_says(
     trigger: str, source: State, lifecycle_in: Callable[[State], Lifecycle], log: list
