@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
@@ -19,7 +20,6 @@ from filelock import FileLock, Timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
     from holdfast.states import Emit
 
@@ -140,7 +140,7 @@ class DiskCache:
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """What one kind of work has cost: means that lean to the latest ones, and how many there were."""
+    """What one kind of work has cost: means that lean to the latest, of so many samples."""
 
     seconds: float
     bytes: int
@@ -172,18 +172,16 @@ class Costs:
         bytes: int,  # noqa: A002 - it is the key of the log and of the plan, too
     ) -> None:
         """Learn from one piece of work that is done, for example ``("compile", "CPU", ...)``."""
-
-        def merge(known: Cost | None) -> Cost:
-            if known is None:
-                return Cost(seconds, bytes, 1)
+        key = _cost_key(kind, device, component, bucket)
+        with self._ledger.locked():
+            known = self._ledger.read().get(key, Cost(seconds, bytes, 0))
             weight = 1 / min(known.samples + 1, self._MEMORY)
-            return Cost(
+            mean = Cost(
                 known.seconds + (seconds - known.seconds) * weight,
                 round(known.bytes + (bytes - known.bytes) * weight),
                 known.samples + 1,
             )
-
-        self._ledger.update({_cost_key(kind, device, component, bucket): merge})
+            self._ledger.update({key: mean})
 
     def expected(self, kind: str, device: str, component: str, bucket: str) -> Cost | None:
         """Return what such work has cost so far, or None where there is nothing to go by."""
@@ -206,6 +204,7 @@ class Ledger(Generic[_T]):
         self._type: Any = dict[str, kind]  # type: ignore[valid-type] # a type made at run time
         self._limit = limit
         self._emit = emit
+        self._lock = FileLock(f"{path}.lock", thread_local=True)
 
     def read(self) -> dict[str, _T]:
         """Return all entries; none where there is no file, or none that can be understood."""
@@ -221,15 +220,20 @@ class Ledger(Generic[_T]):
             return {}
         return entries
 
-    def update(self, changes: Mapping[str, Callable[[_T | None], _T]]) -> None:
-        """Change or add entries; each is given as a function of what the file holds of it now."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self._path}.lock"):
-            entries = self.read()
-            for key, change in changes.items():
-                entries[key] = change(entries.pop(key, None))
+    def update(self, changes: Mapping[str, _T]) -> None:
+        """Add or replace entries; they count as the latest."""
+        with self.locked():
+            entries = {key: value for key, value in self.read().items() if key not in changes}
+            entries.update(changes)
             kept = dict(list(entries.items())[-self._limit :])
             write_atomically(self._path, msgspec.json.encode(kept))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other threads and processes from an `update` while the block reads and updates."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            yield
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
@@ -299,7 +303,7 @@ def _remove_abandoned(scratch: Path) -> None:
 
 
 def _unlink(lock: Any) -> None:
-    os.unlink(lock.lock_file)
+    Path(lock.lock_file).unlink()
 
 
 def _size(entry: Path) -> int:
@@ -322,4 +326,4 @@ def _blob_digest(key: str, data: bytes) -> bytes:
 
 
 def _cost_key(kind: str, device: str, component: str, bucket: str) -> str:
-    return "|".join((kind, device, component, bucket))
+    return f"{kind}|{device}|{component}|{bucket}"

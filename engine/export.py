@@ -7,6 +7,7 @@ none of that touches the host: its memory comes back whole, and a crash is an er
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -82,8 +83,9 @@ def export(order: Order, target: Path) -> None:
         assert child.stdin is not None  # noqa: S101 - tells the type checker what PIPE means
         try:
             # The pipe stays open: its end tells the child that nobody waits for it any more.
-            child.stdin.write(msgspec.json.encode(order) + b"\n")
-            child.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # It has died already and left a text.
+                child.stdin.write(msgspec.json.encode(order) + b"\n")
+                child.stdin.flush()
             child.wait()
         finally:
             child.kill()

@@ -1,8 +1,9 @@
 """
 The one door to the heavy libraries: openvino, torch, transformers, diffusers, optimum.
 
-Importing them says things on the terminal, warns, sends usage statistics, and fails where torchvision
-does not fit torch. A host sees none of that: import them through `runtime` or `heavy`, nowhere else.
+Importing them prints, warns, sends usage statistics, changes settings of the whole process, and
+fails where torchvision does not fit torch. A host sees none of that: they are imported through
+`runtime` or `heavy` before anything else names them.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         # The host may have entered or left a catch_warnings meanwhile: that swaps the whole list.
-        for held in (filters, warnings.filters):
+        swapped: Any = warnings.filters
+        for held in (filters, swapped):
             if ours in held:
                 held.remove(ours)
         for logger in loggers:

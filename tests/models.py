@@ -1,18 +1,50 @@
-"""Stable Diffusion models with seeded random weights, built on the spot: no download, no licence."""
+"""Stable Diffusion models with seeded random weights, built on the spot, and what is made of them."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.engine.imports import heavy, quiet
 
-WORDS = (
-    "a an the of on in and with small large red green blue yellow black white circle square triangle "
-    "star ring background cat dog house tree photo painting bad blurry"
-).split()
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WORDS: tuple[str, ...] = tuple(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "on",
+        "in",
+        "and",
+        "with",
+        "small",
+        "large",
+        "red",
+        "green",
+        "blue",
+        "yellow",
+        "black",
+        "white",
+        "circle",
+        "square",
+        "triangle",
+        "star",
+        "ring",
+        "background",
+        "cat",
+        "dog",
+        "house",
+        "tree",
+        "photo",
+        "painting",
+        "bad",
+        "blurry",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +95,7 @@ SD15 = Shape(
 
 def build_tiny_sd(folder: Path, *, seed: int = 0) -> Path:
     """
-    Write a tiny Stable Diffusion 1.x as a diffusers folder: 64 px by default, sizes a multiple of 8.
+    Write a tiny Stable Diffusion 1.x as a diffusers folder: 64 px by default, multiples of 16.
 
     Args:
         folder: Where to write it; made if it is not there.
