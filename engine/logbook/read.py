@@ -28,8 +28,8 @@ class _Reliable(msgspec.Struct):
     number: int = msgspec.field(name="pass", default=0)
     step: int = 0
     steps: int | list[str] = 0
-    lora: list[str] | str | None = None
-    held: list[str] | None = None
+    lora: list[str] | None = None
+    held: list[str] | dict[str, Any] | None = None
     seconds: float | None = None
     elapsed_seconds: float | None = None
     rss_bytes: float | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from holdfast.engine.logbook.read import Entry
+from holdfast.engine.logbook.shelf import Shelf, lora_set
 from holdfast.engine.logbook.spans import OpenSpans
 from holdfast.states import CHART, IllegalTransition, Mode, State, Trigger
 
@@ -31,13 +32,6 @@ def step_of(event: Mapping[str, Any]) -> str | None:
         if trigger in _MODE_OF:
             return f"{trigger.split('-', maxsplit=1)[0]} {_MODE_OF[trigger]}"
     return None
-
-
-def lora_words(loras: object) -> str:
-    """Write a LoRA set as the reasons of a plan do: ``"ink@0.8+line@1"`` or ``"none"``."""
-    if isinstance(loras, (list, tuple)):
-        return "+".join(map(str, loras)) or "none"
-    return str(loras)
 
 
 @dataclass
@@ -70,9 +64,7 @@ class Course:
         seq: Highest `seq` so far.
         last: The latest event.
         state: The lifecycle state; None where the log began later than the engine.
-        held: Component of each compiled key that is held.
-        lora: The LoRA set in force, as in ``"ink@0.8+line@1"`` or ``"none"``; None: not told yet.
-        lora_due: The one that the recompile under way is to end with.
+        shelf: The components that are held and in service.
         spans: What has begun and not ended.
         runs: Requests under way, by their id.
         planned: What the plan in force still expects to be done; None where there is none.
@@ -87,9 +79,7 @@ class Course:
     seq: int = 0
     last: Entry | None = None
     state: str | None = None
-    held: dict[str, str] = field(default_factory=dict)
-    lora: str | None = None
-    lora_due: str | None = None
+    shelf: Shelf = field(default_factory=Shelf)
     spans: OpenSpans = field(default_factory=OpenSpans)
     runs: dict[str, Run] = field(default_factory=dict)
     planned: Counter[str] | None = None
@@ -121,11 +111,12 @@ class Course:
 
     def as_snapshot(self) -> dict[str, Any]:
         """Return what ``engine.snapshot`` should say here."""
+        loras = frozenset() if self.state == State.UNLOADED else self.shelf.loras
         return {
             "state": self.state,
             "mode": self.mode,
-            "held": sorted(self.held),
-            "lora": self.lora,
+            "held": sorted(self.shelf.held),
+            "lora": None if loras is None else sorted(loras),
         }
 
 
@@ -143,21 +134,33 @@ def _moved(course: Course, event: Mapping[str, Any]) -> None:
     except IllegalTransition:
         course.state = str(event.get("dest"))
     if course.state == State.UNLOADED:
-        course.held.clear()
+        course.shelf = Shelf()
+    elif event.get("trigger") == Trigger.RECOMPILE_ROLLED_BACK:
+        course.shelf.roll_back()
+    else:
+        course.shelf.commit()
     _did(course, event)
-    if "lora" in event:
-        loras = lora_words(event["lora"])
-        course.lora_due = loras if event.get("trigger") == Trigger.RECOMPILE else None
-        course.lora = course.lora if course.lora_due else loras
 
 
 def _compiled(course: Course, event: Mapping[str, Any]) -> None:
-    course.held[str(event.get("key"))] = str(event.get("component"))
+    course.shelf.compile(event)
     _did(course, event)
 
 
 def _evicted(course: Course, event: Mapping[str, Any]) -> None:
-    course.held.pop(str(event.get("key")), None)
+    course.shelf.evict(event)
+
+
+def _fused(course: Course, event: Mapping[str, Any]) -> None:
+    course.shelf.fuse(event)
+
+
+def _reused(course: Course, event: Mapping[str, Any]) -> None:
+    course.shelf.reuse(event)
+
+
+def _snapped(course: Course, _: Mapping[str, Any]) -> None:
+    course.shelf.commit()
 
 
 def _planned(course: Course, event: Mapping[str, Any]) -> None:
@@ -165,7 +168,9 @@ def _planned(course: Course, event: Mapping[str, Any]) -> None:
 
 
 def _off_plan(course: Course, _: Mapping[str, Any]) -> None:
+    """After a failure or a demand to stop, what is done is undoing: no plan says how."""
     course.planned = None
+    course.shelf.drop_staged()
 
 
 def _did(course: Course, event: Mapping[str, Any]) -> None:
@@ -188,6 +193,7 @@ def _passed(course: Course, event: Mapping[str, Any]) -> None:
         run.passes[event.get("pass", 0)] = event
         if event["event"] == "pass.started":
             run.steps = 0
+            course.shelf.commit()
 
 
 def _stepped(course: Course, event: Mapping[str, Any]) -> None:
@@ -209,8 +215,16 @@ _FOLDS: Mapping[str, Callable[[Course, Mapping[str, Any]], None]] = {
     "engine.closed": _closed,
     "state.changed": _moved,
     "component.compile.completed": _compiled,
-    "component.compile.failed": _off_plan,
+    **{
+        f"component.{work}.{ending}": _off_plan
+        for work in ("read", "fuse", "compile")
+        for ending in ("failed", "cancelled")
+    },
+    "component.fuse.completed": _fused,
+    "component.reused": _reused,
     "component.evicted": _evicted,
+    "engine.snapshot": _snapped,
+    "cancel.observed": _off_plan,
     "plan.made": _planned,
     "request.started": _request_began,
     "request.completed": _request_ended,
@@ -241,7 +255,7 @@ def differences(course: Course, snapshot: Mapping[str, Any]) -> list[str]:
         "state": snapshot.get("state"),
         "mode": snapshot.get("mode"),
         "held": sorted(snapshot.get("held") or ()),
-        "lora": lora_words(snapshot.get("lora")),
+        "lora": sorted(lora_set(snapshot.get("lora") or ())),
     }
     return [
         f"{name}: the events give {folded[name]}, the snapshot says {told[name]}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from holdfast.engine.logbook.replay import lora_words, step_of
+from holdfast.engine.logbook.replay import step_of
+from holdfast.engine.logbook.shelf import lora_set
 from holdfast.states import CHART, IllegalTransition, Mode, State, Trigger
 
 if TYPE_CHECKING:
@@ -164,20 +165,20 @@ def _compile_in_pass(before: Course, entry: Entry) -> str | None:
 
 def _compile_twice(before: Course, entry: Entry) -> str | None:
     component, key = entry.event.get("component"), str(entry.event.get("key"))
-    if key in before.held:
+    if key in before.shelf.held:
         return f"{component} {key} was compiled although it was held"
     return None
 
 
 def _lora(before: Course, entry: Entry) -> str | None:
-    event = entry.event
-    if "lora" not in event or before.lora is None or before.state == State.UNLOADED:
+    fused, told = before.shelf.loras, lora_set(entry.event.get("lora") or ())
+    if fused is None or fused == told:
         return None
-    trigger, loras = event.get("trigger"), lora_words(event["lora"])
-    if trigger == Trigger.RECOMPILE:
-        return None
-    due = before.lora_due if trigger == Trigger.RECOMPILED and before.lora_due else before.lora
-    return None if loras == due else f"{due} is due, {loras} is in force"
+    return f"the pass is to have {_words(told)}, in service is {_words(fused)}"
+
+
+def _words(loras: frozenset[str]) -> str:
+    return "+".join(sorted(loras)) or "none"
 
 
 def _plan(before: Course, entry: Entry) -> str | None:
@@ -209,7 +210,7 @@ def _endings(before: Course, entry: Entry) -> str | None:
 
 def _device(before: Course, entry: Entry) -> str | None:
     asked, given = str(entry.event.get("device_asked")), entry.event.get("device")
-    devices = [str(each) for each in given] if isinstance(given, list) else [str(given)]
+    devices = str(given).split(",")
     if "device" in before.degraded or asked.startswith(("AUTO", "MULTI", "HETERO", "BATCH")):
         return None
     if all(each.split(".")[0] == asked.split(".", maxsplit=1)[0] for each in devices):
@@ -238,8 +239,8 @@ RULES = (
          ("component.compile.started",), _compile_in_pass),
     Rule("compile-twice", "What is held is not compiled again.",
          ("component.compile.started",), _compile_twice),
-    Rule("lora", "The LoRA set changes only as planned: by a recompile, to the set it names.",
-         ("state.changed", "pass.started"), _lora),
+    Rule("lora", "The LoRA set of a pass is the one fused into what serves.",
+         ("pass.started",), _lora),
     Rule("plan", "What is done is what was planned.",
          ("plan.missed", "component.compile.completed", "state.changed", "request.completed"),
          _plan),
