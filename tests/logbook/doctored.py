@@ -1,0 +1,156 @@
+"""One small, documented change to a log for each rule, which the audit then has to find alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Events = list[dict[str, Any]]
+
+
+class Doctoring(NamedTuple):
+    rule: str
+    change: str
+    apply: Callable[[Events], None]
+
+
+def one(events: Events, name: str, **facts: object) -> dict[str, Any]:
+    """The first event of this name with these facts; ``number`` stands for the key ``pass``."""
+    if "number" in facts:
+        facts["pass"] = facts.pop("number")
+    return next(
+        event
+        for event in events
+        if event["event"] == name and all(event.get(key) == facts[key] for key in facts)
+    )
+
+
+def renumber(events: Events) -> None:
+    for seq, event in enumerate(events, start=1):
+        event["seq"] = seq
+
+
+def _lose_one(events: Events) -> None:
+    events.remove(one(events, "memory.sampled"))
+
+
+def _tell_twice(events: Events) -> None:
+    event = one(events, "memory.sampled")
+    events.insert(events.index(event), event)
+
+
+def _switch_and_stay(events: Events) -> None:
+    """A switch to img2img ends in txt2img: no row of the chart leads there."""
+    one(events, "state.changed", trigger="switch-img2img")["dest"] = "compiled-txt2img"
+
+
+def _start_elsewhere(events: Events) -> None:
+    """The unload at the end is told of an engine that recompiles."""
+    one(events, "state.changed", trigger="unload")["source"] = "recompiling.img2img"
+
+
+def _forget_the_mode(events: Events) -> None:
+    """SD.Next's LoRA reload: after the recompile for pass two, the pipeline is txt2img."""
+    one(events, "state.changed", trigger="recompiled")["dest"] = "compiled-txt2img"
+
+
+def _second_pass_as_txt2img(events: Events) -> None:
+    """The original bug: pass two is served by the text-to-image pipeline."""
+    for name in ("pass.started", "pass.completed"):
+        one(events, name, number=2)["pipeline"] = "OVStableDiffusionPipeline"
+
+
+def _enlarge_another_image(events: Events) -> None:
+    one(events, "upscale.completed")["input_digest"] = "0" * 16
+
+
+def _second_pass_on_another_image(events: Events) -> None:
+    for name in ("pass.started", "pass.completed"):
+        one(events, name, number=2)["input_digest"] = "0" * 16
+
+
+def _return_the_compiled_size(events: Events) -> None:
+    """A pipeline shaped for the first pass returns its own size when asked for the second's."""
+    done = one(events, "pass.completed", number=2)
+    first = one(events, "pass.completed", number=1)
+    done["width"], done["height"] = first["width"], first["height"]
+    request = one(events, "request.completed")
+    request["width"], request["height"] = first["width"], first["height"]
+
+
+def _steps_times_strength(events: Events) -> None:
+    """Diffusers' img2img runs int(steps * strength) steps."""
+    done = one(events, "pass.completed", number=2)
+    done["evaluations"] = done["steps"] // 2
+    steps = [e for e in events if e["event"] == "step.completed" and e["pass"] == 2]
+    for event in steps[done["steps"] // 2 : done["steps"]]:
+        events.remove(event)
+    renumber(events)
+
+
+def _compile_in_the_first_step(events: Events) -> None:
+    """Optimum compiles lazily, inside the first step of the first pass."""
+    compiling = [e for e in events if e.get("component") == "vae_encoder"][:2]
+    for event in compiling:
+        events.remove(event)
+    at = events.index(one(events, "pass.started", number=1)) + 1
+    events[at:at] = compiling
+    renumber(events)
+
+
+def _compile_again(events: Events) -> None:
+    """The VAE decoder, which is held, is compiled again before the second request."""
+    compiling = [dict(e) for e in events if e.get("component") == "vae_decoder"][:2]
+    at = events.index(one(events, "memory.sampled"))
+    events[at:at] = compiling
+    renumber(events)
+
+
+def _ignore_the_lora(events: Events) -> None:
+    """The second pass runs without the LoRA that was fused for it."""
+    one(events, "pass.started", number=2, lora=["ink@0.8"])["lora"] = []
+
+
+def _compile_unplanned(events: Events) -> None:
+    plan = one(events, "plan.made", request_id="first")
+    plan["steps"] = [step for step in plan["steps"] if not step.startswith("compile ")]
+
+
+def _skip_the_plan(events: Events) -> None:
+    plan = one(events, "plan.made", request_id="first")
+    plan["steps"].append("compile controlnet 0123456789abcdef")
+
+
+def _never_end(events: Events) -> None:
+    """The ending of the first request is lost, as where an exception slips past it."""
+    events.remove(one(events, "request.completed"))
+    renumber(events)
+
+
+def _fall_back_to_cpu(events: Events) -> None:
+    """The device asked for is not there and the CPU serves without a word."""
+    for name in ("component.compile.started", "component.compile.completed"):
+        one(events, name, component="unet")["device_asked"] = "GPU"
+
+
+DOCTORED = (
+    Doctoring("gap", "one event is lost", _lose_one),
+    Doctoring("order", "one event stands twice", _tell_twice),
+    Doctoring("edge", "a switch to img2img ends in txt2img", _switch_and_stay),
+    Doctoring("source", "a move starts in a state that was never reached", _start_elsewhere),
+    Doctoring("recompile", "a recompile begun in img2img ends in txt2img", _forget_the_mode),
+    Doctoring("pipeline", "pass two runs as txt2img", _second_pass_as_txt2img),
+    Doctoring("digests", "what is enlarged is not what pass one made", _enlarge_another_image),
+    Doctoring("digests", "pass two takes another image", _second_pass_on_another_image),
+    Doctoring("size", "pass two makes the size of pass one", _return_the_compiled_size),
+    Doctoring("steps", "pass two runs steps times strength", _steps_times_strength),
+    Doctoring("compile-in-pass", "a component is compiled in a pass", _compile_in_the_first_step),
+    Doctoring("compile-twice", "a held component is compiled again", _compile_again),
+    Doctoring("lora", "a pass runs without its LoRA", _ignore_the_lora),
+    Doctoring("plan", "a component is compiled unplanned", _compile_unplanned),
+    Doctoring("plan", "a planned compile is not done", _skip_the_plan),
+    Doctoring("endings", "a request has no ending", _never_end),
+    Doctoring("device", "the CPU serves where the GPU was asked for", _fall_back_to_cpu),
+)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from holdfast.engine.logbook.audit import Verdict, audit
+from holdfast.engine.logbook.read import read
+from holdfast.engine.logbook.rules import RULES
+from holdfast.engine.logbook.write import line
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+from .audited import assert_clean
+from .doctored import DOCTORED, Doctoring, one, renumber
+
+
+def events_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(each) for each in path.read_text().splitlines()]
+
+
+def audited(events: list[dict[str, Any]]) -> Verdict:
+    return audit(read(line(event) for event in events))
+
+
+@pytest.mark.parametrize("log", ["hires_log", "rolled_back_log", "crowd_log"])
+def test_log_of_a_sound_engine_is_whole_and_breaks_no_rule(
+    log: str, request: pytest.FixtureRequest
+) -> None:
+    """The log of a sound engine is whole, breaks no rule, and adds up to its own snapshot."""
+    assert_clean(request.getfixturevalue(log))
+
+
+@pytest.mark.parametrize("doctoring", DOCTORED, ids=lambda d: f"{d.rule}: {d.change}")
+def test_audit_finds_exactly_the_rule_that_a_doctored_log_breaks(
+    doctoring: Doctoring, hires_log: Path
+) -> None:
+    """Audit finds in a doctored log the one rule that it breaks, and no other."""
+    events = events_of(hires_log)
+    doctoring.apply(events)
+    verdict = audited(events)
+    assert set(verdict.engines[0].counts) == {doctoring.rule}
+    assert verdict.engines[0].breaches[0].words
+
+
+def test_every_rule_has_a_doctored_log() -> None:
+    """No rule of the table is without a log that breaks it."""
+    assert {rule.id for rule in RULES} == {doctoring.rule for doctoring in DOCTORED}
+
+
+def test_breach_names_line_event_and_fault(hires_log: Path) -> None:
+    """A breach tells the line, the number and the name of the event, and what is wrong."""
+    events = events_of(hires_log)
+    event = one(events, "pass.started", number=2)
+    event["pipeline"] = "OVStableDiffusionPipeline"
+    breach = audited(events).engines[0].breaches[0]
+    assert (breach.line, breach.seq, breach.event) == (
+        events.index(event) + 1,
+        event["seq"],
+        "pass.started",
+    )
+    assert "OVStableDiffusionPipeline" in breach.words
+
+
+def test_device_that_fell_back_with_a_word_breaks_no_rule(hires_log: Path) -> None:
+    """A device other than the one asked for is no breach where the log tells of the degradation."""
+    events = events_of(hires_log)
+    told = {**events[0], "event": "degradation", "kind": "device", "asked": "GPU", "given": "CPU"}
+    events.insert(1, told)
+    renumber(events)
+    one(events, "component.compile.completed")["device_asked"] = "GPU"
+    assert audited(events).clean
+
+
+def test_log_that_ends_in_a_compile_is_cut_off_and_not_broken(hires_log: Path) -> None:
+    """A log that stops inside a compile is told as cut off, with what it ended in and how long."""
+    events = events_of(hires_log)
+    started = one(events, "component.compile.started", component="unet")
+    beat = {**started, "event": "compile.heartbeat", "seq": started["seq"] + 1}
+    beat["timestamp"] = "2999-01-01T00:00:41+00:00"
+    started["timestamp"] = "2999-01-01T00:00:00+00:00"
+    verdict = audited([*events[: events.index(started) + 1], beat])
+    assert verdict.clean
+    assert not verdict.complete
+    assert verdict.engines[0].missing == ["ended during component.compile of unet, 41 s in"]
+
+
+def test_log_without_debug_events_is_incomplete_and_not_broken(hires_log: Path) -> None:
+    """A log from which the host left out level debug breaks no rule and is told as incomplete."""
+    events = [event for event in events_of(hires_log) if event["level"] != "debug"]
+    verdict = audited(events)
+    assert verdict.clean
+    assert not verdict.complete
+
+
+def test_several_engines_in_one_log_are_judged_apart(hires_log: Path, crowd_log: Path) -> None:
+    """Engines whose events are interleaved in one file are each held against the rules."""
+    one_engine, other = events_of(hires_log), events_of(crowd_log)
+    for event in other:
+        event["engine_id"] = "other"
+    one(other, "pass.started", number=2)["pipeline"] = "OVStableDiffusionPipeline"
+    mixed = [e for pair in zip(one_engine, other, strict=False) for e in pair]
+    mixed += other[len(one_engine) :]
+    verdict = audited(mixed)
+    assert [dict(engine.counts) for engine in verdict.engines] == [{}, {"pipeline": 1}]
+    assert verdict.complete
