@@ -11,7 +11,7 @@ import psutil
 
 from holdfast.engine.logbook.read import Entry, log_lines, read
 from holdfast.engine.logbook.spans import OpenSpans
-from holdfast.engine.logbook.write import JsonLines
+from holdfast.engine.logbook.write import JsonLines, line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -47,9 +47,9 @@ class FlightRecorder:
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Write the event's place and time; when this returns, the operating system has them."""
-        if self._path.stat().st_size > self._segment_bytes:
-            self._turn_over()
         record = {key: event[key] for key in _KEPT if key in event} | {"pid": os.getpid()}
+        if self._path.stat().st_size + len(line(record)) > self._segment_bytes:
+            self._turn_over()
         self._lines(record)
         self._spans.fold(Entry(0, dt.datetime.now(dt.UTC), record))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from holdfast.engine.logbook.read import Entry
 from holdfast.engine.logbook.replay import Course
-from holdfast.engine.logbook.rules import GAP, ORDER, RULES, Rule
+from holdfast.engine.logbook.rules import GAP, ORDER, RULES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -105,7 +105,10 @@ def audit(items: Iterable[Entry | Problem]) -> Verdict:
         if item.engine_id not in courses:
             courses[item.engine_id] = Course(item.engine_id), EngineVerdict(item.engine_id)
         course, engine = courses[item.engine_id]
-        for rule in _rules_for(item.name):
+        rules = _by_event.get(item.name, ())
+        if item.seq != course.seq + 1:
+            rules = (*_of_numbers, *rules)
+        for rule in rules:
             if words := rule.check(course, item):
                 engine.counts[rule.id] += 1
                 if engine.counts[rule.id] <= _TOLD_PER_RULE:
@@ -117,15 +120,11 @@ def audit(items: Iterable[Entry | Problem]) -> Verdict:
     return verdict
 
 
-_every = tuple(rule for rule in RULES if not rule.events)
+_of_numbers = tuple(rule for rule in RULES if not rule.events)
 _by_event = {
-    name: tuple(rule for rule in RULES if not rule.events or name in rule.events)
+    name: tuple(rule for rule in RULES if name in rule.events)
     for name in {name for rule in RULES for name in rule.events}
 }
-
-
-def _rules_for(name: str) -> tuple[Rule, ...]:
-    return _by_event.get(name, _every)
 
 
 def _close(course: Course, engine: EngineVerdict) -> None:

@@ -56,17 +56,20 @@ class Entry(NamedTuple):
     @property
     def name(self) -> str:
         """The event's name, as in `holdfast.engine.events.EVENTS`."""
-        return str(self.event["event"])
+        name: str = self.event["event"]
+        return name
 
     @property
     def engine_id(self) -> str:
         """The engine that tells it."""
-        return str(self.event["engine_id"])
+        engine_id: str = self.event["engine_id"]
+        return engine_id
 
     @property
     def seq(self) -> int:
         """The event's number in its engine."""
-        return int(self.event["seq"])
+        seq: int = self.event["seq"]
+        return seq
 
 
 class Problem(NamedTuple):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from holdfast.engine.logbook.replay import step_of
 from holdfast.engine.logbook.shelf import lora_set
+from holdfast.engine.logbook.spans import STARTED
 from holdfast.states import CHART, IllegalTransition, Mode, State, Trigger
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Rule(NamedTuple):
     Attributes:
         id: Stable name.
         words: What holds, for a person.
-        events: Names of the events that can break it; empty: any event can.
+        events: Names of the events that can break it; empty: any that does not follow the one
+            before it by number.
         check: Given the engine's course before the event, and the event: what is wrong, or None.
     """
 
@@ -203,9 +205,8 @@ def _endings(before: Course, entry: Entry) -> str | None:
     if entry.name == "engine.closed":
         left = ", ".join(str(span) for span in before.spans)
         return f"never ended: {left}" if left else None
-    if entry.name.endswith(".started") and (span := before.spans.begun(entry.event)):
-        return f"{span} began again before it ended"
-    return None
+    span = before.spans.begun(entry.event)
+    return f"{span} began again before it ended" if span else None
 
 
 def _device(before: Course, entry: Entry) -> str | None:
@@ -244,7 +245,7 @@ RULES = (
     Rule("plan", "What is done is what was planned.",
          ("plan.missed", "component.compile.completed", "state.changed", "request.completed"),
          _plan),
-    Rule("endings", "What is begun ends once.", (), _endings),
+    Rule("endings", "What is begun ends once.", ("engine.closed", *STARTED), _endings),
     Rule("device", "Every component is on the device that was asked for, unless it was told.",
          ("component.compile.completed",), _device),
 )  # fmt: skip

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from holdfast.engine.events import EVENTS
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from holdfast.engine.logbook.read import Entry
 
-STARTED = ".started"
-ENDINGS = (".completed", ".failed", ".cancelled")
+STARTED = tuple(name for name in EVENTS if name.endswith(".started"))
+SPAN_EVENTS: Mapping[str, str] = {
+    name: prefix for name in EVENTS if f"{(prefix := name.rpartition('.')[0])}.started" in STARTED
+}
 _IDENTITY = ("request_id", "pass", "component", "key", "source")
 
 
@@ -54,18 +58,18 @@ class OpenSpans:
             The span that this event ends, if it ends one that was seen to begin.
         """
         event = entry.event
-        prefix, dot, ending = event["event"].rpartition(".")
-        ending = dot + ending
-        if ending == STARTED:
-            identity = _identity(prefix, event)
+        prefix = SPAN_EVENTS.get(event["event"])
+        if prefix is None:
+            return None
+        identity = _identity(prefix, event)
+        if event["event"] in STARTED:
             self._open[identity] = Span(prefix, identity, entry)
-        elif ending in ENDINGS:
-            return self._open.pop(_identity(prefix, event), None)
-        return None
+            return None
+        return self._open.pop(identity, None)
 
     def begun(self, event: Mapping[str, Any]) -> Span | None:
         """Return the open span that `event`, an ending or a second start, belongs to."""
-        return self._open.get(_identity(event["event"].rpartition(".")[0], event))
+        return self._open.get(_identity(SPAN_EVENTS[event["event"]], event))
 
     def __iter__(self) -> Iterator[Span]:
         return iter(tuple(self._open.values()))

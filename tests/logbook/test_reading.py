@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from holdfast.engine.logbook.audit import audit
+from holdfast.engine.logbook.read import Entry, Problem, log_lines, read
+from holdfast.engine.logbook.replay import courses
+from holdfast.engine.logbook.write import JsonLines, line
+
+from . import acting
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NASTY = '\x1b[31m\x9b31m\n\r\u2028\u202e</title><script>alert("x")</script>{"event":1}\x00'
+
+acted: list[dict[str, Any]] = []
+acting.failed_recompile(acting.Actor(lambda event: acted.append(dict(event))))
+LOG = b"".join(line(event) for event in acted)
+LINES = LOG.splitlines(keepends=True)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def whole(data: bytes) -> bool:
+    return audit(read(data.splitlines(keepends=True))).complete
+
+
+def test_log_as_written_is_complete() -> None:
+    """The log that the other tests of this file spoil is complete as it was written."""
+    assert whole(LOG)
+
+
+@given(st.integers(0, len(LOG) - 1))
+def test_log_cut_at_any_byte_is_read_and_told_as_incomplete(end: int) -> None:
+    """A log that is cut at any byte is read to its end, and does not pass as complete."""
+    assert not whole(LOG[:end])
+
+
+@given(st.integers(0, len(LINES) - 1))
+def test_log_without_any_one_line_is_told_as_incomplete(number: int) -> None:
+    """A log that lacks any one of its lines does not pass as complete."""
+    assert not whole(b"".join(LINES[:number] + LINES[number + 1 :]))
+
+
+@given(st.integers(0, len(LINES) - 1), st.integers(0, len(LINES)))
+def test_log_with_any_line_doubled_is_told_as_incomplete(number: int, place: int) -> None:
+    """A log in which any line stands a second time, anywhere, does not pass as complete."""
+    assert not whole(b"".join([*LINES[:place], LINES[number], *LINES[place:]]))
+
+
+@given(st.permutations(LINES).filter(lambda lines: lines != LINES))
+def test_log_in_any_other_order_is_told_as_incomplete(lines: list[bytes]) -> None:
+    """A log whose lines stand in any other order does not pass as complete."""
+    assert not whole(b"".join(lines))
+
+
+@given(st.lists(st.binary(max_size=80), max_size=8), st.integers(0, len(LINES)))
+def test_bytes_of_any_kind_are_problems_and_spoil_no_event(junk: list[bytes], at: int) -> None:
+    """Whatever stands between the events, every event is read and nothing is raised."""
+    noise = b"".join(each.replace(b"\n", b" ") + b"\n" for each in junk)
+    data = b"".join(LINES[:at]) + noise + b"".join(LINES[at:])
+    lines = [each + b"\n" for each in data.split(b"\n")[:-1]]
+    assert sum(isinstance(item, Entry) for item in read(lines)) == len(LINES)
+
+
+@settings(max_examples=300)
+@given(
+    st.integers(0, len(LINES) - 1),
+    st.sampled_from(sorted({key for event in acted for key in event})),
+    json_values,
+)
+def test_event_with_any_value_under_any_key_is_judged(number: int, key: str, value: object) -> None:
+    """An event whose keys hold anything at all is an event or a problem, and never an exception."""
+    events = [*acted[:number], {**acted[number], key: value}, *acted[number + 1 :]]
+    lines = [line(event) for event in events]
+    verdict = audit(read(lines))
+    assert len(list(courses(read(lines)))) == sum(engine.events for engine in verdict.engines)
+
+
+def test_lines_of_the_host_are_told_as_foreign_and_harm_nothing() -> None:
+    """A host's own JSON lines in the same file are told as foreign; the log stays complete."""
+    host = b'{"level":"info","message":"listening on port 80"}\n'
+    verdict = audit(read([*LINES[:5], host, *LINES[5:]]))
+    assert verdict.complete
+    assert verdict.problems == [Problem(6, "foreign", "no event of a Holdfast engine")]
+
+
+def test_timestamps_of_a_host_that_stamps_in_seconds_are_read() -> None:
+    """Seconds since 1970, which structlog's own stamper writes, are moments too."""
+    (entry,) = read([b'{"event":"x","engine_id":"e","seq":1,"timestamp":86400.5}\n'])
+    assert isinstance(entry, Entry)
+    assert entry.at.isoformat() == "1970-01-02T00:00:00.500000+00:00"
+
+
+@given(st.dictionaries(st.text(), json_values | st.text() | st.just(NASTY), max_size=4))
+def test_any_event_is_one_line_that_says_the_same(facts: dict[str, Any]) -> None:
+    """Whatever an event carries is one line of printable text, and read back as it was."""
+    written = line(facts)
+    assert written.endswith(b"\n")
+    text = written[:-1].decode()
+    assert len(text.splitlines()) <= 1
+    assert not any(ord(each) < 32 or 127 <= ord(each) < 160 for each in text)
+    assert json.loads(text) == facts
+
+
+class Unwritable:
+    def __str__(self) -> str:
+        msg = "not even this"
+        raise ValueError(msg)
+
+    __repr__ = __str__
+
+
+def test_event_is_written_though_a_value_has_no_text(tmp_path: Path) -> None:
+    """A value whose own str() and repr() fail costs the event nothing but that value."""
+    path = tmp_path / "new" / "log.jsonl"
+    with JsonLines(path) as sink:
+        sink(
+            {
+                "event": "x",
+                "seq": 1,
+                "bad": Unwritable(),
+                "nan": float("nan"),
+                "path": tmp_path,
+                "name": "caf\udce9",
+            }
+        )
+    event = json.loads(path.read_text())
+    assert event["seq"] == 1
+    assert event["nan"] is None
+    assert event["path"] == str(tmp_path)
+    assert "Unwritable" in event["bad"]
+    assert "dce9" in event["name"]
+
+
+def test_next_engine_begins_on_a_line_of_its_own(tmp_path: Path) -> None:
+    """The cut-off last line of a process that died does not swallow the next process's event."""
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(LOG[:-20])
+    with JsonLines(path) as sink:
+        acting.failed_recompile(acting.Actor(sink, name="next"))
+    verdict = audit(read(log_lines(path)))
+    assert [engine.missing for engine in verdict.engines][1] == []
+    assert verdict.problem_counts == {"broken": 1}
+
+
+@pytest.mark.slow
+def test_log_of_a_million_events_is_audited_in_bounded_memory(tmp_path: Path) -> None:
+    """A million events are audited in under 300 MB, and found clean and complete."""
+    path = tmp_path / "million.jsonl"
+    events: list[dict[str, Any]] = []
+    acting.ten_at_once(acting.Actor(lambda event: events.append(dict(event))))
+    names = [event["event"] for event in events]
+    begin, end = [i for i, name in enumerate(names) if name == "request.started"][2:4]
+    with path.open("wb") as file:
+        seq = 0
+        for block in [events[:begin], *[events[begin:end]] * 50_000, events[-7:]]:
+            for event in block:
+                seq += 1
+                file.write(line({**event, "seq": seq}))
+    code = (
+        "import resource, sys, time\n"
+        "from holdfast.engine.logbook.audit import audit\n"
+        "from holdfast.engine.logbook.read import log_lines, read\n"
+        "began = time.perf_counter()\n"
+        "verdict = audit(read(log_lines(sys.argv[1])))\n"
+        "print(verdict.clean, verdict.complete, verdict.engines[0].events,\n"
+        "      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter() - began)\n"
+    )
+    told = subprocess.run(  # noqa: S603 - our own interpreter on our own text
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    figures = f"{told[2]} events, {float(told[4]):.1f} s, {int(told[3]) / 1024:.0f} MB"
+    print(figures)  # noqa: T201 - a figure for the report; it decides nothing
+    assert told[:2] == ["True", "True"]
+    assert int(told[2]) >= 1_000_000
+    assert int(told[3]) * 1024 < 300e6
