@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from contextvars import copy_context
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from holdfast.engine.memory import resident_bytes
 
@@ -43,7 +43,7 @@ def heartbeat(
         warned = not expected_seconds
         while not over.wait(INTERVAL):
             seconds = round(time.monotonic() - began, 3)
-            what = {
+            what: dict[str, Any] = {
                 "component": component,
                 "key": key,
                 "elapsed_seconds": seconds,
