@@ -1,0 +1,154 @@
+"""
+Slow, large and loud work in a process of its own.
+
+There it holds no lock of the host's interpreter, and prints and warns where nobody sees it. Its
+memory comes back whole, and its crash is an error with a text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_SILENT = {
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PYTHONWARNINGS": "ignore",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+_OFFLINE = {"HF_HUB_OFFLINE": "1"}
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """
+    How far the child is.
+
+    Attributes:
+        phase: What it does.
+        done: Of `total` in this phase.
+        total: At least 1.
+    """
+
+    phase: str
+    done: int
+    total: int
+
+
+class ChildError(Exception):
+    """
+    The child did not finish; the text is what it said last, and how it ended.
+
+    Attributes:
+        frozen: There is no Python interpreter to start it with: the application is frozen.
+    """
+
+    def __init__(self, message: str, *, frozen: bool = False) -> None:
+        super().__init__(message)
+        self.frozen = frozen
+
+
+def run_child(
+    module: str,
+    order: msgspec.Struct,
+    target: Path,
+    *,
+    offline: bool,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> None:
+    """
+    Run a module as a program, and wait for it. It ends with this process, however that ends.
+
+    Args:
+        module: Its ``__main__`` part calls `receive` first.
+        order: What it is to do.
+        target: What it is to write, its only argument.
+        offline: Keep huggingface_hub from the network.
+        on_progress: Called with each `Progress` that it tells.
+
+    Raises:
+        ChildError: It failed, or could not be started.
+    """
+    if getattr(sys, "frozen", False) or not sys.executable:
+        msg = "a frozen application has no Python interpreter to start"
+        raise ChildError(msg, frozen=True)
+    environment = {
+        **os.environ,
+        **_SILENT,
+        **(_OFFLINE if offline else {}),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    command = [sys.executable, "-P", "-m", module, str(target)]
+    with tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(  # noqa: S603 - our own interpreter, on our own module
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            env=environment,
+        )
+        assert child.stdin is not None  # noqa: S101 - tells the type checker what PIPE means
+        assert child.stdout is not None  # noqa: S101 - the same
+        try:
+            # The pipe stays open: its end tells the child that nobody waits for it any more.
+            with contextlib.suppress(BrokenPipeError):  # It has died already and left a text.
+                child.stdin.write(msgspec.json.encode(order) + b"\n")
+                child.stdin.flush()
+            for line in child.stdout:
+                on_progress(msgspec.json.decode(line, type=Progress))
+            child.wait()
+        finally:
+            child.kill()
+            child.stdin.close()
+            child.stdout.close()
+            child.wait()
+        if child.returncode != 0:
+            said.seek(0)
+            raise ChildError(_explain(child.returncode, said.read()))
+
+
+def receive(kind: type[_T]) -> tuple[_T, Callable[[Progress], None]]:
+    """
+    Take the order, in the child.
+
+    Whatever is printed from now on goes to the error stream; standard output is for progress.
+
+    Returns:
+        The order, and what tells the parent how far the child is.
+    """
+    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=kind)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    channel = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+
+    def tell(progress: Progress) -> None:
+        channel.write(msgspec.json.encode(progress) + b"\n")
+
+    return order, tell
+
+
+def _die_with_parent() -> None:
+    os.read(0, 1)
+    os._exit(1)
+
+
+def _explain(code: int, said: bytes) -> str:
+    ended = (
+        f"was stopped by signal {-code} (out of memory?)"
+        if code < 0
+        else f"failed (exit code {code})"
+    )
+    lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
+    return f"{ended}. It said last: {lines[-1] if lines else 'nothing'}"

@@ -1,0 +1,195 @@
+"""
+The denoiser in 8 bits: computed once into the cache, from what the model itself computes.
+
+``"int8"`` quantizes weights and activations; their ranges are observed while the model denoises
+images of its own. ``"int8-weights"`` stores weights in 8 bits and computes as before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import numpy as np
+
+from holdfast.engine.child import ChildError, Progress, receive, run_child
+from holdfast.engine.diskcache import build_once
+from holdfast.engine.errors import ModelSourceError
+from holdfast.engine.families import accept_fractional_timesteps, family_of
+from holdfast.engine.imports import heavy, quiet
+from holdfast.engine.integrity import read_json
+from holdfast.engine.source import GRAPH, INDEX
+from holdfast.states import Mode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from holdfast.engine.families import Family
+    from holdfast.engine.source import ModelFolder
+    from holdfast.states import Emit
+
+Kind = Literal["int8", "int8-weights"]
+
+PROMPTS = (
+    "a large red circle on a blue background",
+    "a photo of a black dog in front of a white house",
+    "a painting of a green tree at night, detailed",
+)
+STEPS = 8
+# Where pixels become features and features pixels, and where the timestep comes in: small layers
+# that every other one depends on.
+KEPT = r".*\.(conv_in|conv_out|time_embedding|add_embedding|time_emb_proj)\b.*"
+
+
+class Order(msgspec.Struct, frozen=True):
+    """
+    What is to be quantized.
+
+    Attributes:
+        model: The model's folder, as OpenVINO IR.
+        kind: To what.
+        prompts: Denoised to observe activations.
+        steps: For each of them.
+    """
+
+    model: str
+    kind: Kind
+    prompts: tuple[str, ...] = PROMPTS
+    steps: int = STEPS
+
+
+def quantize(model: ModelFolder, kind: Kind, cache_dir: Path, emit: Emit) -> Path:
+    """
+    Return the 8-bit graph of a model's denoiser; the first time this takes minutes.
+
+    Args:
+        model: Of any family.
+        kind: ``"int8"`` or ``"int8-weights"``.
+        cache_dir: Where it is kept, below ``exports``, under a digest of the denoiser, `kind` and
+            how its ranges are observed.
+        emit: Told ``export.started``, ``export.progress`` and ``export.completed`` where there is
+            work to do.
+
+    Returns:
+        The graph's ``.xml``.
+
+    Raises:
+        ModelSourceError: The quantization failed, or this is a frozen application.
+    """
+    order = Order(str(model.path), kind)
+    denoiser = model.component_fingerprint(family_of(model.class_name).denoiser)
+    recipe = repr((denoiser, kind, order.prompts, order.steps, KEPT))
+    fingerprint = hashlib.sha256(recipe.encode()).hexdigest()[:32]
+    target = cache_dir / "exports" / fingerprint
+
+    def build(scratch: Path) -> None:
+        facts = {"source": f"{model.path} ({kind})", "fingerprint": fingerprint}
+        emit("export.started", **facts)
+        began = time.perf_counter()
+
+        def tell(progress: Progress) -> None:
+            emit("export.progress", **facts, **msgspec.structs.asdict(progress))
+
+        try:
+            run_child(__name__, order, scratch, offline=True, on_progress=tell)
+        except BaseException as error:
+            seconds = time.perf_counter() - began
+            emit("export.failed", error=str(error), seconds=seconds, **facts)
+            if not isinstance(error, ChildError):
+                raise
+            msg = (
+                f"precision={kind!r} was asked for, but quantizing the denoiser of {model.path} "
+                f"{error}. Use another precision; see `holdfast doctor` for free memory."
+            )
+            raise ModelSourceError(msg) from error
+        size = sum(path.stat().st_size for path in scratch.iterdir())
+        emit("export.completed", bytes=size, seconds=time.perf_counter() - began, **facts)
+
+    build_once(target, build)
+    return target / GRAPH
+
+
+def _main(target: Path) -> None:
+    order, tell = receive(Order)
+    heavy()
+    import nncf
+    import openvino as ov
+
+    index = read_json(Path(order.model) / INDEX)
+    family = family_of(index["_class_name"])
+    graph = ov.Core().read_model(Path(order.model) / family.denoiser / GRAPH)
+    accept_fractional_timesteps(graph)
+    if order.kind == "int8-weights":
+        graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
+    else:
+        samples = list(_trajectories(order, family, tell))
+        graph = nncf.quantize(
+            graph,
+            nncf.Dataset(samples, _counted(len(samples), tell)),
+            subset_size=len(samples),
+            model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=nncf.IgnoredScope(patterns=[KEPT], validate=False),
+        )
+    ov.save_model(graph, target / GRAPH, compress_to_fp16=False)
+
+
+def _trajectories(
+    order: Order, family: Family, tell: Callable[[Progress], None]
+) -> Iterator[dict[str, Any]]:
+    """Yield each input of the denoiser while it makes images."""
+    import optimum.intel.openvino as optimum_openvino
+    import torch
+
+    cls = getattr(optimum_openvino, family.pipelines[Mode.TXT2IMG])
+    with quiet():
+        pipeline = cls.from_pretrained(order.model)
+        pipeline.set_progress_bar_config(disable=True)
+        denoiser = getattr(pipeline, family.denoiser)
+        denoiser.compile()
+        recorder = denoiser.request = _Recorder(denoiser.request)
+        for index, prompt in enumerate(order.prompts):
+            tell(Progress("denoise", index, len(order.prompts)))
+            pipeline(
+                prompt,
+                num_inference_steps=order.steps,
+                generator=torch.Generator().manual_seed(index),
+                output_type="latent",
+            )
+            yield from recorder.taken()
+
+
+class _Recorder:
+    """A compiled denoiser that keeps a copy of what it was given."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._inputs: list[dict[str, Any]] = []
+
+    def __call__(self, inputs: dict[str, Any], share_inputs: bool = True) -> Any:  # noqa: FBT001, FBT002 - optimum's call
+        self._inputs.append({name: np.array(value) for name, value in inputs.items()})
+        return self._compiled(inputs, share_inputs=share_inputs)
+
+    def taken(self) -> list[dict[str, Any]]:
+        """Return what was recorded since the last time."""
+        inputs, self._inputs = self._inputs, []
+        return inputs
+
+
+def _counted(total: int, tell: Callable[[Progress], None]) -> Callable[[Any], Any]:
+    """Hand samples on, and tell of each; they are gone through once for each of nncf's stages."""
+    handed = itertools.count()
+
+    def hand(sample: Any) -> Any:
+        tell(Progress("observe", next(handed) % total, total))
+        return sample
+
+    return hand
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

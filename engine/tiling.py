@@ -1,0 +1,135 @@
+"""
+The VAE in overlapping tiles: a large image in the memory that a small one takes.
+
+A VAE is not quite local: its group norms and the attention in its middle see the whole image, so
+that a tile differs from the same place of a whole decode. `docs/performance.md` says by how much.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+
+def decode_tiled(
+    decode: Callable[[torch.Tensor], torch.Tensor],
+    latents: torch.Tensor,
+    *,
+    factor: int,
+    tile: int,
+    overlap: int,
+) -> torch.Tensor:
+    """
+    Decode latents tile by tile, blended by linear ramps where tiles overlap.
+
+    All tiles have one shape, so that one static decoder serves them all.
+
+    Args:
+        decode: Turns latents (N, C, h, w) into pixels (N, 3, h * factor, w * factor).
+        latents: (N, C, H, W).
+        factor: Pixels on a latent pixel's side.
+        tile: Side of a tile in latent pixels; a shorter side of `latents` is taken whole.
+        overlap: Latent pixels that neighbours share at least; less than `tile`.
+
+    Returns:
+        Pixels (N, 3, H * factor, W * factor).
+    """
+
+    def run(row: int, column: int, height: int, width: int) -> torch.Tensor:
+        part = latents[..., row : row + height, column : column + width]
+        return decode(part.contiguous())
+
+    return _blend(run, latents.shape[-2:], tile, overlap, factor)
+
+
+def encode_tiled(
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    pixels: torch.Tensor,
+    *,
+    factor: int,
+    tile: int,
+    overlap: int,
+) -> torch.Tensor:
+    """
+    Encode pixels tile by tile, blended by linear ramps where tiles overlap.
+
+    Args:
+        encode: Turns pixels (N, 3, h, w) into latents, or into the moments of their distribution,
+            (N, C, h / factor, w / factor).
+        pixels: (N, 3, H, W); both sides are multiples of `factor`.
+        factor: Pixels on a latent pixel's side.
+        tile: Side of a tile in latent pixels; a shorter side of the image is taken whole.
+        overlap: Latent pixels that neighbours share at least; less than `tile`.
+
+    Returns:
+        What `encode` returns, for the whole image: (N, C, H / factor, W / factor).
+    """
+
+    def run(row: int, column: int, height: int, width: int) -> torch.Tensor:
+        top, bottom, left, right = (
+            side * factor for side in (row, row + height, column, column + width)
+        )
+        return encode(pixels[..., top:bottom, left:right].contiguous())
+
+    height, width = (side // factor for side in pixels.shape[-2:])
+    return _blend(run, (height, width), tile, overlap, 1)
+
+
+def _blend(
+    run: Callable[[int, int, int, int], torch.Tensor],
+    size: Sequence[int],
+    tile: int,
+    overlap: int,
+    scale: int,
+) -> torch.Tensor:
+    """
+    Sum weighted tiles and divide by the sum of their weights.
+
+    Args:
+        run: Computes the tile at (row, column) of (height, width), all in latent pixels.
+        size: Height and width of the whole, in latent pixels.
+        tile: See `decode_tiled`.
+        overlap: The same.
+        scale: Output pixels on a latent pixel's side.
+    """
+    import torch
+
+    height, width = (min(side, tile) for side in size)
+    row_weights, column_weights = (
+        _ramps(side * scale, overlap * scale) for side in (height, width)
+    )
+    weights = row_weights[:, None] * column_weights
+    total = torch.zeros([side * scale for side in size])
+    blended = None
+    for row in _starts(size[0], height, overlap):
+        for column in _starts(size[1], width, overlap):
+            part = run(row, column, height, width)
+            if blended is None:
+                blended = torch.zeros(*part.shape[:2], *total.shape)
+            place = (
+                ...,
+                slice(row * scale, (row + height) * scale),
+                slice(column * scale, (column + width) * scale),
+            )
+            blended[place] += part * weights
+            total[place] += weights
+    assert blended is not None  # noqa: S101 - there is at least one tile
+    return blended / total
+
+
+def _starts(side: int, tile: int, overlap: int) -> list[int]:
+    """Spread as few tiles as it takes evenly from the first to the last pixel of a side."""
+    gaps = -(-(side - tile) // (tile - overlap))
+    return [round(index * (side - tile) / max(gaps, 1)) for index in range(gaps + 1)]
+
+
+def _ramps(length: int, overlap: int) -> torch.Tensor:
+    """Return weights that rise from near 0 to 1 over `overlap` pixels, and fall the same way."""
+    import torch
+
+    rising = torch.arange(1, length + 1) / (overlap + 1)
+    return torch.minimum(rising, rising.flip(0)).clamp(max=1.0)
