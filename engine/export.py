@@ -98,16 +98,23 @@ def export(order: Order, target: Path) -> None:
 
 def _explain(order: Order, code: int, said: bytes) -> str:
     lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
-    last = lines[-1] if lines else f"nothing; its exit code was {code}"
-    ended = (
-        f"was stopped by signal {-code} (out of memory?)"
-        if code < 0
-        else f"failed (exit code {code})"
-    )
+    last = lines[-1].rstrip(".") if lines else "nothing"
+    ended = f"was stopped by signal {-code}" if code < 0 else f"failed with exit code {code}"
+    if order.source.endswith(".safetensors") and order.config is None:
+        advice = (
+            "A single file carries neither configs nor a tokenizer, and diffusers takes them from "
+            "the hub. Let this machine reach the hub once, or put those of such a model "
+            f"(model_index.json, unet/config.json, tokenizer/, ...) into the folder "
+            f"{order.source.removesuffix('.safetensors')}."
+        )
+    else:
+        advice = (
+            "Check that the model is complete, that this diffusers can load it and that there is "
+            "memory for it; or export it with `optimum-cli export openvino` and give the result."
+        )
     return (
         f"{order.source} was to be exported to OpenVINO IR as {order.pipeline}, but the exporter "
-        f"{ended}. It said last: {last}. Check that the folder is complete and that this diffusers "
-        "can load it, or export it with `optimum-cli export openvino` and give the result."
+        f"{ended}. It said last: {last}. {advice}"
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import sys
 import threading
 import warnings
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from holdfast.states import Emit
 
 LIBRARIES = ("diffusers", "huggingface_hub", "nncf", "openvino", "optimum", "torch", "transformers")
+_MODULES = re.compile(rf"({'|'.join(LIBRARIES)})(\.|$)")
 # These two speak while they are imported, when no other logger of their library exists yet.
 _EARLY_LOGGERS = ("diffusers.utils.import_utils", "transformers.utils.import_utils")
 _LOCK = threading.RLock()
@@ -67,7 +69,7 @@ def quiet() -> Iterator[None]:
     """
     Hold back what `LIBRARIES` say on this thread, up to but without errors, while the block runs.
 
-    The host's own warnings and log records pass: the warning filters match these libraries' modules
+    The host's own warnings and log records pass: the warning filter matches these libraries' modules
     only (not ``warnings.catch_warnings``, which mutes the whole process and, left in another order
     by two threads, never lets go), and the log filter stops records of the calling thread only.
     """
@@ -75,17 +77,17 @@ def quiet() -> Iterator[None]:
     loggers = _loggers()
     for logger in loggers:
         logger.addFilter(muffler)
-    warnings.filterwarnings("ignore", module=rf"({'|'.join(LIBRARIES)})(\.|$)")
-    filters: Any = warnings.filters
-    ours = filters[0]
+    # Not through warnings.filterwarnings: it keeps one of equal rules, so that of two blocks at
+    # once the first to end would unmute the other.
+    rule = ("ignore", None, Warning, _MODULES, 0)
+    entered: Any = warnings.filters
+    entered.insert(0, rule)
     try:
         yield
     finally:
-        # The host may have entered or left a catch_warnings meanwhile: that swaps the whole list.
-        swapped: Any = warnings.filters
-        for held in (filters, swapped):
-            if ours in held:
-                held.remove(ours)
+        left: Any = warnings.filters  # Another list, where the host came or left a catch_warnings.
+        for rules in (entered, left):
+            rules[:] = [other for other in rules if other is not rule]
         for logger in loggers:
             logger.removeFilter(muffler)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,23 +13,42 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-def _models() -> ModuleType:
+def ignore(event: str, /, **facts: Any) -> None:
+    """Take the place of an engine's log where none is looked at."""
+
+
+@pytest.fixture(scope="session")
+def models() -> ModuleType:
+    """``tests/models.py``, which builds models and is no test itself."""
     spec = importlib.util.spec_from_file_location("models", Path(__file__).parent / "models.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["models"] = module
+    sys.modules["models"] = module  # Its dataclasses look themselves up there.
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="session")
-def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _models().build_tiny_sd(tmp_path_factory.mktemp("tiny-sd"))
+def tiny_sd(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion as a diffusers folder, float32. Copy it to change it."""
+    folder: Path = models.build_tiny_sd(tmp_path_factory.mktemp("models") / "tiny-sd")
+    return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_ir(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_cache(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache directory in which `tiny_sd` is exported."""
     from holdfast.engine.source import resolve
 
-    return resolve(tiny_sd, tmp_path_factory.mktemp("cache"), lambda *_, **__: None).path
+    cache = tmp_path_factory.mktemp("cache")
+    resolve(tiny_sd, cache, ignore)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def tiny_ir(tiny_sd: Path, tiny_cache: Path) -> Path:
+    """The same model as OpenVINO IR, float32. Copy it to change it."""
+    from holdfast.engine.source import resolve
+
+    return resolve(tiny_sd, tiny_cache, ignore).path

@@ -1,8 +1,9 @@
-"""Stable Diffusion models with seeded random weights, built on the spot, and what is made of them."""
+"""Stable Diffusion with seeded random weights, built on the spot: no download, no licence."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,39 +12,9 @@ from holdfast.engine.imports import heavy, quiet
 if TYPE_CHECKING:
     from pathlib import Path
 
-WORDS: tuple[str, ...] = tuple(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "on",
-        "in",
-        "and",
-        "with",
-        "small",
-        "large",
-        "red",
-        "green",
-        "blue",
-        "yellow",
-        "black",
-        "white",
-        "circle",
-        "square",
-        "triangle",
-        "star",
-        "ring",
-        "background",
-        "cat",
-        "dog",
-        "house",
-        "tree",
-        "photo",
-        "painting",
-        "bad",
-        "blurry",
-    ]
+WORDS = (
+    "a an the of on in and with small large red green blue yellow black white circle square "
+    "triangle star ring background cat dog house tree photo painting bad blurry"
 )
 
 
@@ -213,7 +184,7 @@ def build_tokenizer(folder: Path) -> Any:
 
     letters = list(bytes_to_unicode().values())
     merges: dict[tuple[str, str], None] = {}
-    for word in WORDS:
+    for word in WORDS.split():
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:
             merges[pieces[0], pieces[1]] = None
@@ -226,3 +197,96 @@ def build_tokenizer(folder: Path) -> Any:
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def write_single_file(source: Path, target: Path) -> Path:
+    """
+    Write a diffusers folder's weights as one checkpoint with the names of the original code base.
+
+    Those names count blocks through (``input_blocks.4.1``) where diffusers nests them.
+
+    Args:
+        source: A Stable Diffusion 1.x folder.
+        target: The ``.safetensors`` file.
+
+    Returns:
+        ``target``.
+    """
+    from safetensors.torch import load_file, save_file
+
+    layers = json.loads((source / "unet" / "config.json").read_text())["layers_per_block"]
+    blocks = len(json.loads((source / "vae" / "config.json").read_text())["block_out_channels"])
+    weights = {}
+    for name, value in load_file(source / "unet" / "diffusion_pytorch_model.safetensors").items():
+        weights["model.diffusion_model." + original_unet_name(name, layers)] = value
+    for name, value in load_file(source / "vae" / "diffusion_pytorch_model.safetensors").items():
+        original = original_vae_name(name, blocks)
+        convolution = ".mid.attn_1." in original and value.ndim == 2
+        weights["first_stage_model." + original] = (
+            value[:, :, None, None].contiguous() if convolution else value
+        )
+    for name, value in load_file(source / "text_encoder" / "model.safetensors").items():
+        weights["cond_stage_model.transformer." + name] = value
+    save_file(weights, target)
+    return target
+
+
+def original_unet_name(name: str, layers: int) -> str:
+    """Translate a name of a diffusers UNet's weight into the original code base's."""
+
+    def block(match: re.Match[str]) -> str:
+        side, level, kind, index = match[1], int(match[2]), match[3], int(match[4])
+        last = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 0}[kind]
+        if side == "down":
+            place = (level + 1) * (layers + 1) if kind == "downsamplers" else None
+            return f"input_blocks.{place or 1 + level * (layers + 1) + index}.{last}."
+        if kind == "upsamplers":
+            index, last = layers, 1 if level == 0 else 2  # The first level has no attention.
+        return f"output_blocks.{level * (layers + 1) + index}.{last}."
+
+    name = re.sub(r"^(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.", block, name)
+    for ours, original in (
+        (r"^mid_block\.resnets\.0", "middle_block.0"),
+        (r"^mid_block\.attentions\.0", "middle_block.1"),
+        (r"^mid_block\.resnets\.1", "middle_block.2"),
+        (r"^conv_in", "input_blocks.0.0"),
+        (r"^conv_norm_out", "out.0"),
+        (r"^conv_out", "out.2"),
+        (r"^time_embedding\.linear_1", "time_embed.0"),
+        (r"^time_embedding\.linear_2", "time_embed.2"),
+        (r"^(input_blocks\.\d+\.0)\.conv\.", r"\1.op."),
+    ):
+        name = re.sub(ours, original, name)
+    if "transformer_blocks" in name:
+        return name
+    for ours, original in (
+        ("norm1", "in_layers.0"),
+        ("conv1", "in_layers.2"),
+        ("time_emb_proj", "emb_layers.1"),
+        ("norm2", "out_layers.0"),
+        ("conv2", "out_layers.3"),
+        ("conv_shortcut", "skip_connection"),
+    ):
+        name = name.replace(f".{ours}.", f".{original}.")
+    return name
+
+
+def original_vae_name(name: str, blocks: int) -> str:
+    """Translate a name of a diffusers VAE's weight into the original code base's."""
+    name = re.sub(
+        r"up_blocks\.(\d+)", lambda match: f"up_blocks.{blocks - 1 - int(match[1])}", name
+    )
+    for ours, original in (
+        (r"(down|up)_blocks\.(\d+)\.resnets\.", r"\1.\2.block."),
+        (r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0", r"\1.\2.\3sample"),
+        (r"mid_block\.resnets\.0", "mid.block_1"),
+        (r"mid_block\.resnets\.1", "mid.block_2"),
+        (r"mid_block\.attentions\.0", "mid.attn_1"),
+        (r"conv_norm_out", "norm_out"),
+        (r"conv_shortcut", "nin_shortcut"),
+        (r"group_norm", "norm"),
+        (r"to_([qkv])\.", r"\1."),
+        (r"to_out\.0", "proj_out"),
+    ):
+        name = re.sub(ours, original, name)
+    return name
