@@ -229,6 +229,11 @@ class Emitter:
         with self._lock:
             self._sinks.append(sink)
 
+    def remove_sink(self, sink: Sink) -> None:
+        """Hand no later event to `sink`."""
+        with self._lock:
+            self._sinks = [each for each in self._sinks if each is not sink]
+
     @contextlib.contextmanager
     def scope(self, **facts: object) -> Iterator[None]:
         """Add `facts` to every event emitted inside, in this thread and context."""

@@ -73,7 +73,7 @@ class Standing:
         mode: In service; None when unloaded.
         service: The key in service for each component.
         held: Every compiled component with its bytes, least recently used first.
-        graphs: Fingerprints of the graphs that are read.
+        graphs: Source fingerprint and quantization of each graph that is read.
         budget: Bytes that all held components may take; None: no limit.
         policy: ``"stage_first"`` keeps what serves until its successor is compiled,
             ``"evict_first"`` gives it up first, ``"auto"`` only where the budget is too small.
@@ -82,7 +82,7 @@ class Standing:
     mode: Mode | None = None
     service: Mapping[str, ComponentKey] = field(default_factory=dict)
     held: Mapping[ComponentKey, int] = field(default_factory=dict)
-    graphs: frozenset[str] = frozenset()
+    graphs: frozenset[tuple[str, str]] = frozenset()
     budget: int | None = None
     policy: Policy = "auto"
 
@@ -245,7 +245,8 @@ class _Walk:
         self, action: Action, mode: Mode, service: Mapping[str, ComponentKey], reason: str
     ) -> Move:
         wanted = {name: key for name, key in service.items() if self._service.get(name) != key}
-        steps = [*self._make_room(wanted)]
+        missing = [key for key in wanted.values() if key not in self._held]
+        steps = [*self._read(missing), *self._make_room(missing, wanted)]
         for name, key in wanted.items():
             old = self._service.get(name)
             why = f"{mode} needs it" if old is None else ", ".join(key.changes_from(old))
@@ -253,9 +254,17 @@ class _Walk:
         self._mode, self._service = mode, dict(service)
         return Move(action, mode, dict(service), tuple(steps), reason)
 
-    def _make_room(self, wanted: Mapping[str, ComponentKey]) -> Iterator[Step]:
+    def _read(self, missing: Iterable[ComponentKey]) -> Iterator[Step]:
+        """Read every graph before anything is given up or compiled for it."""
+        for key in missing:
+            if (key.source, key.quantization) not in self._graphs:
+                self._graphs.add((key.source, key.quantization))
+                yield self._step("read", key, "not read yet", self._price("read", key))
+
+    def _make_room(
+        self, missing: list[ComponentKey], wanted: Mapping[str, ComponentKey]
+    ) -> Iterator[Step]:
         """Evict the least recently used until the missing fit; what serves goes last."""
-        missing = [key for key in wanted.values() if key not in self._held]
         needed = sum(self._price("compile", key).bytes for key in missing)
         serving = set(self._service.values())
         idle = [k for k in self._held if k not in serving and k not in wanted.values()]
@@ -281,9 +290,6 @@ class _Walk:
         if key in self._held:
             yield self._step("reuse", key, reason, Cost())
             return
-        if key.source not in self._graphs:
-            self._graphs.add(key.source)
-            yield self._step("read", key, reason, self._price("read", key))
         if key.lora:
             yield self._step("fuse", key, reason, self._price("fuse", key))
         cost = self._price("compile", key)

@@ -1,0 +1,96 @@
+"""Where each component runs and in which precision: what was asked, checked against the machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from holdfast.engine.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import openvino as ov
+
+    from holdfast.engine.config import EngineConfig
+
+PRECISION = "INFERENCE_PRECISION_HINT"
+_VIRTUAL = ("AUTO", "HETERO", "MULTI", "BATCH")
+_CAPABILITIES = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
+
+
+def physical_devices(core: ov.Core, device: str) -> tuple[str, ...]:
+    """
+    Return the physical devices that `device` may run on.
+
+    Raises:
+        InvalidRequest: OpenVINO sees no such device here; the text lists those it sees.
+    """
+    available = tuple(core.available_devices)
+    name, _, rest = device.partition(":")
+    if name not in _VIRTUAL:
+        wanted: tuple[str, ...] = (name.partition("(")[0],)
+    else:
+        parts = (part.partition("(")[0].strip() for part in rest.split(","))
+        wanted = tuple(part for part in parts if part and not part.startswith("-")) or available
+    missing = [
+        one
+        for one in wanted
+        if one not in available and not any(seen.startswith(f"{one}.") for seen in available)
+    ]
+    if missing:
+        msg = (
+            f"Device {device!r} was asked for, but OpenVINO sees no {', '.join(missing)} here; it "
+            f"sees {', '.join(available)}. Choose one of these, or install the driver and ask "
+            "`holdfast doctor`."
+        )
+        raise InvalidRequest(msg)
+    return wanted
+
+
+def effective_properties(
+    config: EngineConfig, component: str, core: ov.Core
+) -> tuple[tuple[str, str], ...]:
+    """
+    Return every OpenVINO property that one component is compiled with, sorted by name.
+
+    The precision is always among them, also where the device's default was asked for.
+
+    Raises:
+        InvalidRequest: The device does not exist, or cannot compute in the precision asked for.
+    """
+    device = config.device_of(component)
+    first = physical_devices(core, device)[0]
+    asked = config.precision if config.precision in _CAPABILITIES else "auto"
+    given: Mapping[str, object] = config.properties
+    if asked == "auto":
+        precision = str(given.get(PRECISION, "")) or _default_precision(core, first)
+    else:
+        precision = asked
+        capabilities = core.get_property(first, "OPTIMIZATION_CAPABILITIES")
+        if _CAPABILITIES[asked] not in capabilities:
+            msg = (
+                f"precision={asked!r} was asked for, but {first} computes in "
+                f"{', '.join(capabilities)} and would take another one without a word. Use 'auto' "
+                f"(here: {_default_precision(core, first)}) or 'f32'."
+            )
+            raise InvalidRequest(msg)
+    merged = {name: _text(value) for name, value in given.items()} | {PRECISION: precision}
+    return tuple(sorted(merged.items()))
+
+
+def wants_static_shapes(config: EngineConfig, denoiser: str, core: ov.Core) -> bool:
+    """Decide ``shapes="auto"``: a CPU serves every size with one graph, others gain by static."""
+    if config.shapes != "auto":
+        return config.shapes == "static"
+    return any(one != "CPU" for one in physical_devices(core, config.device_of(denoiser)))
+
+
+def _default_precision(core: ov.Core, device: str) -> str:
+    default: ov.Type = core.get_property(device, PRECISION)
+    return default.to_string()
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "YES" if value else "NO"
+    return str(value)

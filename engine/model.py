@@ -1,0 +1,132 @@
+"""One model as the engine uses it: its parts, wherever they lie, and what they share."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from holdfast.engine.errors import InvalidRequest, ModelSourceError
+from holdfast.engine.families import VAE_DECODER, VAE_ENCODER, family_of
+from holdfast.engine.imports import heavy, quiet
+from holdfast.engine.schedulers import make_scheduler
+
+if TYPE_CHECKING:
+    from holdfast.engine.source import ModelFolder
+
+
+class Model:
+    """
+    A resolved model, with another one's VAE in place of its own where one was given.
+
+    Args:
+        folder: The model, as OpenVINO IR.
+        vae: A model of which only the VAE is used, or None.
+
+    Raises:
+        ModelSourceError: Its family is not supported, or the VAE's latents are of another shape.
+    """
+
+    def __init__(self, folder: ModelFolder, vae: ModelFolder | None = None) -> None:
+        self.folder = folder
+        self.family = family_of(folder.class_name)
+        self._folders = dict.fromkeys(self.family.all_components, folder)
+        self._assembled: tempfile.TemporaryDirectory[str] | None = None
+        self.parts = folder.path
+        if vae is not None:
+            self._folders |= dict.fromkeys((VAE_DECODER, VAE_ENCODER), vae)
+            self._assembled = self._assemble()
+            self.parts = Path(self._assembled.name)
+        configs = {name: each.component_config(name) for name, each in self._folders.items()}
+        self.scale = self.family.scale(configs)
+        own = self.family.scale({n: folder.component_config(n) for n in self._folders})
+        if (self.scale.factor, self.scale.channels) != (own.factor, own.channels):
+            msg = (
+                f"The VAE in {vae and vae.path} has {self.scale.channels} latent channels at 1/"
+                f"{self.scale.factor} of the size, but {folder.path} needs {own.channels} at 1/"
+                f"{own.factor}. Give a VAE of the same family."
+            )
+            raise ModelSourceError(msg)
+        self.denoiser_width = int(configs[self.family.denoiser]["block_out_channels"][0])
+        self.vae_width = int(configs[VAE_DECODER]["block_out_channels"][0])
+        self._tokenizers: dict[str, Any] = {}
+        self._schedulers: dict[str | None, Any] = {}
+
+    def source(self, component: str) -> str:
+        """Return the fingerprint of a component's graph, weights and configuration."""
+        return self._folders[component].component_fingerprint(component)
+
+    def file(self, component: str) -> Path:
+        """Return the ``.xml`` of a component."""
+        return self._folders[component].component_path(component)
+
+    def probe_side(self, component: str) -> int:
+        """Return the side of the smallest image-like input that a component takes."""
+        if component == self.family.denoiser:
+            return self.scale.multiple // self.scale.factor
+        return 8 * self.scale.factor if component == VAE_ENCODER else 8
+
+    def tokenizers(self) -> dict[str, Any]:
+        """Return the tokenizers by their names in the pipeline; read once."""
+        if not self._tokenizers:
+            heavy()
+            import transformers
+
+            index = self.folder.config
+            with quiet():
+                self._tokenizers = {
+                    name: getattr(transformers, index[name][1]).from_pretrained(self.parts / name)
+                    for name in sorted(index)
+                    if name.startswith("tokenizer") and index[name][0] is not None
+                }
+        return self._tokenizers
+
+    def scheduler(self, name: str | None) -> Any:
+        """
+        Return a fresh scheduler; its tables are computed once.
+
+        Args:
+            name: A key of `SCHEDULERS`, or None for the model's own.
+        """
+        if name not in self._schedulers:
+            heavy()
+            with quiet():
+                self._schedulers[name] = make_scheduler(self.parts, name)
+        return copy.deepcopy(self._schedulers[name])
+
+    def check_size(self, width: int, height: int) -> None:
+        """
+        Make sure that the model can make an image of exactly this size.
+
+        Raises:
+            InvalidRequest: It cannot; the text names the nearest sizes that it can make.
+        """
+        step = self.scale.multiple
+        if width % step == 0 and height % step == 0:
+            return
+        nearest = " or ".join(
+            f"{max(step, round_to(width))}x{max(step, round_to(height))}"
+            for round_to in (lambda side: side // step * step, lambda side: -(-side // step) * step)
+        )
+        msg = (
+            f"{width}x{height} was asked for, but this model makes sides that are multiples of "
+            f"{step}; the nearest sizes are {nearest}."
+        )
+        raise InvalidRequest(msg)
+
+    def _assemble(self) -> tempfile.TemporaryDirectory[str]:
+        """Lay all parts' configurations side by side, as the pipeline classes read them."""
+        assembled = tempfile.TemporaryDirectory(prefix="holdfast-", ignore_cleanup_errors=True)
+        target = Path(assembled.name)
+        (target / "model_index.json").write_text(json.dumps(dict(self.folder.config)))
+        for name, folder in self._folders.items():
+            (target / name).mkdir()
+            shutil.copy(folder.path / name / "config.json", target / name)
+        for name in self.folder.config:
+            shared = name.startswith("tokenizer") or name == "scheduler"
+            if shared and (self.folder.path / name).is_dir():
+                shutil.copytree(self.folder.path / name, target / name)
+        return assembled

@@ -1,0 +1,316 @@
+"""One denoising pass, and what lies around it: the prompt's embeddings, and the VAE both ways."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from holdfast.engine.errors import GenerationError, HoldfastError
+from holdfast.engine.families import Geometry
+from holdfast.engine.images import digest
+from holdfast.engine.imports import quiet
+from holdfast.engine.schedulers import schedule_length
+from holdfast.states import Mode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
+    from numpy.typing import NDArray
+    from PIL import Image
+
+    from holdfast.engine.events import Emitter
+    from holdfast.engine.jobs import Job
+    from holdfast.engine.model import Model
+    from holdfast.engine.requests import Lora
+    from holdfast.engine.views import View
+
+    StepHook = Callable[["PassSpec", int, int, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class PassSpec:
+    """
+    One pass, with everything settled.
+
+    Attributes:
+        number: 1 or 2.
+        mode: What it must run as.
+        width: Pixels.
+        height: Pixels.
+        steps: That are run, exactly.
+        strength: Of img2img; None for txt2img.
+        guidance: Classifier-free guidance scale.
+        scheduler: A key of `SCHEDULERS`, or None for the model's own.
+        prompt: What to draw.
+        negative_prompt: What to keep away from.
+        seeds: One for each image.
+        loras: In place of the engine's, or None.
+        images_per_inference: How many go through the denoiser at once.
+    """
+
+    number: int
+    mode: Mode
+    width: int
+    height: int
+    steps: int
+    strength: float | None
+    guidance: float
+    scheduler: str | None
+    prompt: str
+    negative_prompt: str
+    seeds: tuple[int, ...]
+    loras: tuple[Lora, ...] | None = None
+    images_per_inference: int = 1
+
+    @property
+    def geometry(self) -> Geometry:
+        """What a static shape of this pass depends on."""
+        images = min(self.images_per_inference, len(self.seeds))
+        return Geometry(self.width, self.height, images, guided=self.guidance > 1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    What an img2img pass starts from.
+
+    Attributes:
+        kind: ``"image"`` or ``"latent"``.
+        values: One image, or one latent tensor (1, C, H, W), for each seed.
+    """
+
+    kind: str
+    values: Sequence[Any]
+
+
+def run_pass(
+    spec: PassSpec,
+    view: View,
+    model: Model,
+    *,
+    prompts: Mapping[str, torch.Tensor],
+    source: Source | None,
+    encode: Callable[[Image.Image, torch.Generator], torch.Tensor],
+    job: Job[Any],
+    emit: Emitter,
+    on_step: StepHook,
+) -> list[torch.Tensor]:
+    """
+    Denoise: one latent tensor (1, C, H, W) for each seed of `spec`.
+
+    Image i starts from the noise of a fresh generator with seed i, so that it does not depend on
+    which others are made with it.
+
+    Args:
+        spec: What to run.
+        view: Runs it; `check_view` has made sure of it.
+        model: Gives the scheduler.
+        prompts: Embeddings by the pipeline's argument names, one row each.
+        source: What img2img starts from; None for txt2img.
+        encode: Turns an image into latents, drawing from the generator.
+        job: Told each step; stops the pass between two steps and within one.
+        emit: Told each step.
+        on_step: Called after each step with `spec`, its number, their count, and the latents.
+
+    Raises:
+        GenerationError: The pipeline failed.
+        Cancelled: The job was stopped.
+    """
+    import torch
+
+    chunk = spec.geometry.images
+    outputs: list[torch.Tensor] = []
+    evaluations = 0
+    phase = f"pass {spec.number}"
+    chunks = [spec.seeds[first : first + chunk] for first in range(0, len(spec.seeds), chunk)]
+
+    def at_step_end(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal evaluations, began
+        evaluations += 1
+        seconds, began = time.perf_counter() - began, time.perf_counter()
+        done = min(len(outputs) // chunk * spec.steps + index + 1, spec.steps * len(chunks))
+        job.advance(phase, pass_number=spec.number, step=done, steps=spec.steps * len(chunks))
+        emit(
+            "step.completed",
+            step=index + 1, steps=spec.steps, image=len(outputs), seconds=round(seconds, 6),
+        )  # fmt: skip
+        on_step(spec, done, spec.steps * len(chunks), tensors["latents"])
+        job.checkpoint("step")
+        return tensors
+
+    with emit.span("pass", **_facts(spec, view, source)) as learned, _native("denoise"):
+        for seeds in chunks:
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+            starts = [] if source is None else source.values[len(outputs) :][: len(seeds)]
+            if source is not None and source.kind == "image":
+                starts = [encode(*each) for each in zip(starts, generators, strict=True)]
+            scheduler = model.scheduler(spec.scheduler)
+            view.pipeline.scheduler = scheduler
+            began = time.perf_counter()
+            latents = view(
+                **_arguments(spec, view.mode, starts),
+                **{name: rows.repeat_interleave(len(seeds), 0) for name, rows in prompts.items()},
+                guidance_scale=spec.guidance,
+                generator=generators,
+                callback_on_step_end=at_step_end,
+            )
+            outputs += latents.split(1)
+        learned["evaluations"] = evaluations // len(chunks)
+        learned["output_digest"] = digest(outputs)
+    return outputs
+
+
+def _arguments(spec: PassSpec, mode: Mode, starts: Sequence[Any]) -> dict[str, Any]:
+    """Return what this kind of pipeline takes beside prompt and guidance."""
+    import torch
+
+    if mode is Mode.TXT2IMG:
+        size = {"width": spec.width, "height": spec.height}
+        return {"num_inference_steps": spec.steps, **size}
+    strength = 1.0 if spec.strength is None else spec.strength
+    return {
+        "image": torch.cat(list(starts)),
+        "strength": strength,
+        "num_inference_steps": schedule_length(spec.steps, strength),
+    }
+
+
+def _facts(spec: PassSpec, view: View, source: Source | None) -> dict[str, Any]:
+    return {
+        "pass": spec.number,
+        "mode": str(spec.mode),
+        "pipeline": view.class_name,
+        "width": spec.width,
+        "height": spec.height,
+        "steps": spec.steps,
+        "strength": spec.strength,
+        "scheduler": spec.scheduler,
+        "guidance": spec.guidance,
+        "lora": sorted({str(use) for part in view.components.values() for use in part.key.lora}),
+        "input": "none" if source is None else source.kind,
+        "input_digest": None if source is None else digest(source.values),
+        "images": len(spec.seeds),
+    }
+
+
+class _native:  # noqa: N801 - reads as a statement
+    """Turn what diffusers, optimum or OpenVINO raise into a `GenerationError`."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, HoldfastError):
+            msg = (
+                f"The pipeline failed while it was to {self._what}: {type(error).__name__}: "
+                f"{str(error).strip()[:300]}. The components stay in service; the engine can be "
+                "used on. Try a smaller size, or see `holdfast doctor`."
+            )
+            raise GenerationError(msg) from error
+
+
+class Prompts:
+    """
+    Encodes prompts, and keeps the last few.
+
+    Args:
+        limit: How many are kept.
+    """
+
+    def __init__(self, limit: int = 16) -> None:
+        self._limit = limit
+        self._known: dict[tuple[object, ...], dict[str, torch.Tensor]] = {}
+
+    def encode(
+        self, spec: PassSpec, view: View, model: Model
+    ) -> tuple[bool, dict[str, torch.Tensor]]:
+        """
+        Return whether a text encoder ran, and the embeddings by the pipeline's argument names.
+
+        Args:
+            spec: Has prompt and negative prompt, and says whether guidance needs the latter.
+            view: Its text encoders run, unless they have seen this prompt lately.
+            model: Names what ``encode_prompt`` returns.
+
+        Raises:
+            GenerationError: A text encoder failed.
+        """
+        family = model.family
+        guided = spec.geometry.guided and not family.guided_by_embedding
+        encoders = tuple(view.components[name].key for name in family.text_encoders)
+        key = (encoders, spec.prompt, spec.negative_prompt if guided else None)
+        fresh = key not in self._known
+        if fresh:
+            with _native("encode the prompt"), quiet():
+                rows = view.pipeline.encode_prompt(
+                    prompt=spec.prompt,
+                    device=view.pipeline.device,
+                    num_images_per_prompt=1,
+                    do_classifier_free_guidance=guided,
+                    negative_prompt=spec.negative_prompt if guided else None,
+                )
+            named = zip(family.prompt_outputs, rows, strict=True)
+            self._known[key] = {name: row for name, row in named if row is not None}
+        self._known[key] = self._known.pop(key)
+        while len(self._known) > self._limit:
+            del self._known[next(iter(self._known))]
+        return fresh, self._known[key]
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._known.clear()
+
+
+def cut_words(prompt: str, model: Model) -> str:
+    """Return the end of a prompt that the text encoders would not see; empty if they see it all."""
+    cut = ""
+    for tokenizer in model.tokenizers().values():
+        limit = tokenizer.model_max_length - 2
+        with quiet():
+            tokens = tokenizer(prompt, add_special_tokens=False, truncation=False).input_ids
+        tail = tokenizer.decode(tokens[limit:]) if len(tokens) > limit else ""
+        cut = max(cut, tail.strip(), key=len)
+    return cut
+
+
+def decode(latents: torch.Tensor, view: View) -> Image.Image:
+    """
+    Turn latents (1, C, H, W) into an image.
+
+    Raises:
+        GenerationError: The VAE decoder failed.
+    """
+    vae = view.pipeline.vae
+    with _native("decode latents"), quiet():
+        scaled = latents / vae.config.scaling_factor
+        pixels = vae.decode(scaled, return_dict=False)[0]
+        images: list[Image.Image] = view.pipeline.image_processor.postprocess(pixels)
+    return images[0]
+
+
+def encode(image: Image.Image, generator: torch.Generator, view: View) -> torch.Tensor:
+    """
+    Turn an image into latents (1, C, H, W), drawn from the VAE's posterior with `generator`.
+
+    Raises:
+        GenerationError: The VAE encoder failed.
+    """
+    vae = view.pipeline.vae
+    with _native("encode the image"), quiet():
+        pixels = view.pipeline.image_processor.preprocess(image)
+        posterior = vae.encode(pixels).latent_dist
+        latents: torch.Tensor = posterior.sample(generator) * vae.config.scaling_factor
+    return latents
+
+
+def decode_array(latents: NDArray[np.float32], view: View) -> NDArray[np.float32]:
+    """Turn latents (N, C, H, W) into pixels (N, 3, height, width) in -1 to 1, as arrays."""
+    decoder = view.pipeline.vae.decoder
+    scaled = latents / np.float32(decoder.config.scaling_factor)
+    return np.concatenate([decoder.request([each[None]])[0] for each in scaled])

@@ -1,0 +1,360 @@
+"""
+The compiled pipeline: its lifecycle, what serves in it, and the transactions that change that.
+
+Everything here runs in the engine's owner thread. Work is done between triggers, so that the state
+is true whatever fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from holdfast.engine.components import ComponentStore
+from holdfast.engine.devices import effective_properties, wants_static_shapes
+from holdfast.engine.errors import CompileError, GenerationError, InvalidRequest
+from holdfast.engine.keys import ComponentKey, LoraUse, Setup, keys_for
+from holdfast.engine.lora import read_lora
+from holdfast.engine.memory import resident_bytes
+from holdfast.engine.model import Model
+from holdfast.engine.plan import Move, Plan, Stage, Standing, Step, plan
+from holdfast.engine.source import resolve
+from holdfast.engine.views import View, check_view, make_view
+from holdfast.states import Lifecycle, Trigger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from holdfast.engine.config import EngineConfig
+    from holdfast.engine.diskcache import DiskCache
+    from holdfast.engine.events import Emitter
+    from holdfast.engine.families import Geometry
+    from holdfast.engine.jobs import Job
+    from holdfast.engine.requests import Lora
+    from holdfast.states import Mode
+
+    StageLike = tuple[Mode, Geometry]
+
+
+class CompiledPipeline:
+    """
+    One model's compiled components and the views on them. Begins ``unloaded``.
+
+    Args:
+        config: What it is set to.
+        lifecycle: Its state.
+        cache: Exports and learned costs.
+        emit: Where events go.
+    """
+
+    def __init__(
+        self, config: EngineConfig, lifecycle: Lifecycle, cache: DiskCache, emit: Emitter
+    ) -> None:
+        self.lifecycle = lifecycle
+        self._cache = cache
+        self._emit = emit
+        self.store = ComponentStore(emit, cache.costs, self._checkpoint)
+        self._views: dict[Mode, View] = {}
+        self._job: Job[Any] | None = None
+        self._found: tuple[tuple[object, object], Model] | None = None
+        self.config = config
+        self.model, self.setup = self._resolve(config)
+
+    @property
+    def budget(self) -> int:
+        """Bytes that all compiled components may hold: as set, or half of the machine's memory."""
+        return self.config.memory_budget or psutil.virtual_memory().total // 2
+
+    def standing(self) -> Standing:
+        """Return where the pipeline stands, as plans are made from it."""
+        return Standing(
+            mode=self.lifecycle.mode,
+            service={name: part.key for name, part in self.store.service.items()},
+            held=self.store.held,
+            graphs=self.store.graphs,
+            budget=self.budget,
+            policy=self.config.policy,
+        )
+
+    def stage(self, mode: Mode, geometry: Geometry, loras: tuple[Lora, ...] | None = None) -> Stage:
+        """
+        Return what one pass needs.
+
+        Args:
+            mode: Of the pass.
+            geometry: Of its images.
+            loras: In place of the engine's, or None.
+
+        Raises:
+            LoraError: A LoRA file is refused.
+        """
+        setup = self.setup
+        if loras is not None:
+            setup = setup.with_loras(self._read_loras(loras, self.model))
+        keys = keys_for(self.model.family, setup, mode, geometry, self.model.scale)
+        return Stage(mode, keys)
+
+    def plan(self, stages: Sequence[Stage]) -> Plan:
+        """Decide what serving these stages takes. No side effect."""
+        return plan(self.standing(), stages, self.store.price)
+
+    @contextlib.contextmanager
+    def working_for(self, job: Job[Any]) -> Iterator[None]:
+        """Let `job` stop native calls made inside."""
+        self._job = job
+        try:
+            yield
+        finally:
+            self._job = None
+
+    def carry_out(self, move: Move) -> None:
+        """
+        Put exactly the move's components in service, or leave what serves as it is.
+
+        Raises:
+            CompileError: A component failed. The state is the one from before; only where the
+                components from before had to be given up first and could not be compiled again
+                is it ``unloaded``.
+            Cancelled: The job was cancelled between two native calls. The same holds.
+        """
+        if any(step.action == "evict" for step in move.steps):
+            self._views.clear()  # they would keep the evicted components in memory
+        if move.action == "recompile":
+            self._recompile(move)
+        else:
+            self.store.serve(move, self.store.stage(move))
+            if move.action == "load":
+                self._fire(Trigger.load(move.mode), move.reason)
+            elif move.action == "switch":
+                self._fire(Trigger.switch(move.mode), move.reason)
+        if move.action != "reuse":
+            self.store.done.append(Step(move.action, str(move.mode)))
+        self.store.touch()
+
+    def view(self, mode: Mode) -> View:
+        """Return the pipeline of `mode` on the components in service, built anew where needed."""
+        view = self._views.get(mode)
+        if view is None or not view.serves(self.store.service):
+            view = self._views[mode] = make_view(
+                self.model, mode, self.store.service, self._interruptible, self._emit
+            )
+        return view
+
+    def view_in_service(self) -> View:
+        """Return the view of the mode in service."""
+        mode = self.lifecycle.mode
+        if mode is None:
+            msg = "Nothing is loaded, so there is no pipeline; load one first."
+            raise GenerationError(msg)
+        return self.view(mode)
+
+    def checked_view(self, mode: Mode, number: int) -> View:
+        """
+        Return the view for pass `number`, made sure of.
+
+        Raises:
+            GenerationError: It is not the pipeline of `mode`.
+        """
+        view = self.view(mode)
+        check_view(view, self.model.family, mode, number, self._emit)
+        return view
+
+    def plan_change(self, config: EngineConfig, stage_like: StageLike | None) -> Plan:
+        """
+        Decide what other settings would take. Nothing that serves changes.
+
+        Args:
+            config: The other settings.
+            stage_like: Mode in service and the last geometry; None while unloaded.
+        """
+        before = (self.config, self.model, self.setup)
+        self.config, (self.model, self.setup) = config, self._resolve(config)
+        try:
+            return self.plan([] if stage_like is None else [self.stage(*stage_like)])
+        finally:
+            self.config, self.model, self.setup = before
+
+    def configure(self, config: EngineConfig, stage_like: StageLike | None) -> Plan:
+        """
+        Change the settings; recompile what they touch, and return to the same state.
+
+        Args:
+            config: The new settings.
+            stage_like: Mode in service and the last geometry; None while unloaded.
+
+        Returns:
+            The plan that was carried out.
+
+        Raises:
+            ModelSourceError: The new model or LoRA is refused. Nothing has changed.
+            InvalidRequest: The device does not exist, or the budget is too small. The same.
+            CompileError: See `carry_out`. The settings are the ones from before.
+        """
+        made = self.plan_change(config, stage_like)
+        before = (self.config, self.model, self.setup)
+        self.config, (self.model, self.setup) = config, self._resolve(config)
+        try:
+            self.follow(made)
+        except BaseException:
+            self.config, self.model, self.setup = before
+            raise
+        self.store.forget(frozenset(self.setup.sources.values()))
+        return made
+
+    def follow(self, made: Plan) -> None:
+        """
+        Carry out a whole plan, and hold it against what was done.
+
+        Raises:
+            InvalidRequest: The memory budget can never hold it. Nothing has changed.
+            CompileError: See `carry_out`.
+        """
+        self.announce(made)
+        for moves in made.stages:
+            for move in moves:
+                self.carry_out(move)
+        self.compare(made)
+
+    def recompile(self) -> Plan:
+        """
+        Compile everything that serves again, and return to the same state.
+
+        Raises:
+            IllegalTransition: Nothing is loaded.
+            CompileError: See `carry_out`.
+        """
+        mode = self.lifecycle.mode
+        if mode is None:
+            self._fire(Trigger.RECOMPILE, "asked for")  # which the chart refuses, and the log tells
+        keys = {name: part.key for name, part in self.store.service.items()}
+        steps = tuple(
+            Step("compile", name, key.digest, "asked for", self.store.price("compile", key))
+            for name, key in keys.items()
+        )
+        move = Move("recompile", mode, keys, steps, "asked for")
+        made = Plan(((move,),), sum(self.store.held.values()), None)
+        self.follow(made)
+        return made
+
+    def unload(self, reason: str) -> None:
+        """Give every component back. Does nothing while unloaded."""
+        if self.lifecycle.mode is None:
+            return
+        self._views.clear()
+        self.store.release(reason)
+        self._fire(Trigger.UNLOAD, reason)
+
+    def announce(self, made: Plan) -> None:
+        """
+        Log what will be done, and forget what was done before.
+
+        Raises:
+            InvalidRequest: The memory budget can never hold it; the text has the figures.
+        """
+        self.store.done.clear()
+        self._emit(
+            "plan.made",
+            steps=[str(step) for step in made.steps],
+            reasons=[step.reason for step in made.steps],
+            expected_seconds=made.expected_seconds,
+            expected_bytes=made.expected_bytes,
+            fits=made.fits,
+        )
+        if not made.fits:
+            msg = (
+                f"This needs {made.peak_bytes / 2**20:.0f} MiB of compiled components at once, but "
+                f"the memory budget is {self.budget / 2**20:.0f} MiB. Raise memory_budget, or use "
+                "precision='bf16' or 'int8-weights', or policy='auto'."
+            )
+            raise InvalidRequest(msg)
+
+    def compare(self, made: Plan) -> None:
+        """Log where what was done differs from what was planned."""
+        planned = sorted(str(step) for step in made.steps)
+        done = sorted(str(step) for step in self.store.done)
+        self.store.done.clear()
+        if planned != done:
+            self._emit("plan.missed", planned=planned, done=done)
+
+    def _recompile(self, move: Move) -> None:
+        before = {name: part.key for name, part in self.store.service.items()}
+        policy = "evict_first" if move.evicts_first else "stage_first"
+        self._fire(Trigger.RECOMPILE, move.reason)
+        self._emit("recompile.policy", policy=policy, why=self.config.policy)
+        try:
+            staged = self.store.stage(move)
+        except BaseException as error:
+            self._roll_back(before, error)
+            raise
+        self.store.serve(move, staged)
+        self._fire(Trigger.RECOMPILED, move.reason)
+
+    def _roll_back(self, before: dict[str, ComponentKey], error: BaseException) -> None:
+        job, self._job = self._job, None  # a cancelled job must not stop its own rolling back
+        try:
+            self.store.restore(before)
+        except CompileError as second:
+            self._views.clear()
+            self.store.release("nothing could be kept")
+            self._fire(Trigger.RECOMPILE_ABANDONED, str(second))
+            msg = (
+                f"{error} The components from before had been given up first, and compiling them "
+                f"again failed too ({second}): the engine is unloaded. Load it again once the "
+                "cause is gone."
+            )
+            raise CompileError(msg, component=second.component, key=second.key) from error
+        finally:
+            self._job = job
+        self._fire(Trigger.RECOMPILE_ROLLED_BACK, f"{type(error).__name__}: {error}")
+
+    def _resolve(self, config: EngineConfig) -> tuple[Model, Setup]:
+        model = self._find_model(config)
+        core, names = self.store.core, model.family.all_components
+        int8 = config.precision.startswith("int8")
+        setup = Setup(
+            sources={name: model.source(name) for name in names},
+            devices={name: config.device_of(name) for name in names},
+            properties={name: effective_properties(config, name, core) for name in names},
+            quantization=config.precision if int8 else "none",
+            static=wants_static_shapes(config, model.family.denoiser, core),
+            loras=self._read_loras(config.lora, model),
+            openvino=self.store.openvino_version,
+        )
+        for name in names:
+            self.store.know_source(
+                model.source(name), model.file(name), probe_side=model.probe_side(name)
+            )
+        return model, setup
+
+    def _find_model(self, config: EngineConfig) -> Model:
+        named = (config.model, config.vae)
+        if self._found is None or self._found[0] != named:
+            folder = resolve(config.model, self._cache.root, self._emit)
+            vae = None if config.vae is None else resolve(config.vae, self._cache.root, self._emit)
+            self._found = (named, Model(folder, vae))
+        return self._found[1]
+
+    def _read_loras(self, loras: tuple[Lora, ...], model: Model) -> tuple[LoraUse, ...]:
+        uses = []
+        for lora in loras:
+            file = read_lora(lora.path, model.family.name)
+            self.store.know_lora(file)
+            uses.append(LoraUse(file.name, file.digest, lora.weight, frozenset(file.layers)))
+        return tuple(sorted(uses, key=lambda use: (use.digest, use.weight)))
+
+    def _fire(self, trigger: Trigger, reason: str) -> None:
+        self.lifecycle.fire(trigger, reason=reason, rss_bytes=resident_bytes())
+
+    def _checkpoint(self, phase: str) -> None:
+        if self._job is not None:
+            self._job.checkpoint(phase)
+
+    def _interruptible(
+        self, phase: str, interrupt: Callable[[], None]
+    ) -> AbstractContextManager[None]:
+        if self._job is None:
+            return contextlib.nullcontext()
+        return self._job.interruptible(phase, interrupt)

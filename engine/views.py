@@ -1,0 +1,151 @@
+"""
+Pipelines of optimum-intel as throwaway views on compiled components.
+
+A view costs milliseconds and compiles nothing. It has infer requests of its own, so that two views
+never get each other's results, and it is built anew rather than changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import openvino as ov
+
+from holdfast.engine.errors import GenerationError
+from holdfast.engine.imports import heavy, quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
+
+    from holdfast.engine.components import Component
+    from holdfast.engine.events import Emitter
+    from holdfast.engine.families import Family
+    from holdfast.engine.model import Model
+    from holdfast.states import Mode
+
+    Interruptible = Callable[[str, Callable[[], None]], AbstractContextManager[None]]
+
+
+class Port(ov.CompiledModel):
+    """
+    A compiled component with an infer request of its own, which can be stopped from any thread.
+
+    Args:
+        component: What it runs.
+        interruptible: Wraps each inference; is given a name for what runs, and what stops it.
+    """
+
+    def __init__(self, component: Component, interruptible: Interruptible) -> None:
+        super().__init__(component.compiled)
+        self._name = component.key.component
+        self._interruptible = interruptible
+        self._request = self.create_infer_request()
+
+    def __call__(
+        self,
+        inputs: Any = None,
+        share_inputs: bool = True,  # noqa: FBT001, FBT002 - the signature that optimum calls
+        share_outputs: bool = False,  # noqa: FBT001, FBT002 - the same
+        *,
+        decode_strings: bool = True,
+    ) -> Any:
+        """Run one inference; like ``openvino.CompiledModel``, but it can be cancelled meanwhile."""
+        del share_outputs, decode_strings
+        request = self._request
+        with self._interruptible(self._name, request.cancel):
+            request.start_async(inputs, share_inputs=share_inputs)
+            request.wait()
+        return request.results
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """
+    One mode's pipeline on the components in service.
+
+    Attributes:
+        mode: What it was built for.
+        pipeline: optimum-intel's pipeline object.
+        components: What it runs, by name.
+    """
+
+    mode: Mode
+    pipeline: Any
+    components: Mapping[str, Component]
+
+    @property
+    def class_name(self) -> str:
+        """The pipeline's class, which decides what a call of it really does."""
+        return type(self.pipeline).__name__
+
+    def serves(self, components: Mapping[str, Component]) -> bool:
+        """Whether it runs exactly these components."""
+        return self.components == components
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Call the pipeline as diffusers does; its latents are returned."""
+        # optimum's own __call__ forces the size of a static graph on pipelines that take none.
+        with quiet():
+            call = type(self.pipeline).auto_model_class.__call__
+            return call(self.pipeline, output_type="latent", return_dict=False, **arguments)[0]
+
+
+def make_view(
+    model: Model,
+    mode: Mode,
+    components: Mapping[str, Component],
+    interruptible: Interruptible,
+    emit: Emitter,
+) -> View:
+    """
+    Build the pipeline of `mode` on compiled components. Compiles nothing.
+
+    Args:
+        model: Names the pipeline class, and has its configurations and tokenizers.
+        mode: What the view is for.
+        components: Those that the mode needs, by name.
+        interruptible: See `Port`.
+        emit: Told ``view.created``.
+    """
+    heavy(emit)
+    import optimum.intel.openvino as optimum_openvino
+
+    with quiet():
+        cls = getattr(optimum_openvino, model.family.pipelines[mode])
+        ports = {name: Port(component, interruptible) for name, component in components.items()}
+        denoiser = ports[model.family.denoiser]
+        pipeline = cls(
+            **ports,
+            **model.tokenizers(),
+            scheduler=model.scheduler(None),
+            compile_only=True,
+            dynamic_shapes=any(port.get_partial_shape().is_dynamic for port in denoiser.inputs),
+            model_save_dir=model.parts,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+    emit("view.created", mode=str(mode), pipeline=cls.__name__, compiles=0)
+    return View(mode, pipeline, dict(components))
+
+
+def check_view(view: View, family: Family, mode: Mode, number: int, emit: Emitter) -> None:
+    """
+    Make sure, right before a pass, that the pipeline is the one that the request asked for.
+
+    Raises:
+        GenerationError: It is another one. Not a step was run.
+    """
+    expected = family.pipelines[mode]
+    if (view.mode, view.class_name) != (mode, expected):
+        emit(
+            "view.refused",
+            **{"pass": number},
+            mode=str(mode), pipeline=view.class_name, expected=expected,
+        )  # fmt: skip
+        msg = (
+            f"Pass {number} was asked for as {mode} ({expected}), but the pipeline at hand is "
+            f"{view.class_name}, built for {view.mode}: it was stopped before its first step. "
+            "This is a fault of Holdfast; please report it with the log."
+        )
+        raise GenerationError(msg)
