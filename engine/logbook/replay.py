@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from holdfast.engine.logbook.read import Problem
 
+_AGAIN = "asked for"
+"""Reason of a recompile that a host asked for though nothing had changed."""
 _MODE_OF: Mapping[str, Mode] = {
     make(mode): mode for mode in Mode for make in (Trigger.load, Trigger.switch)
 }
@@ -42,13 +44,15 @@ class Run:
     Attributes:
         started: The event ``request.started``.
         passes: The latest event of each pass, by its number.
-        steps: How many ``step.completed`` the pass under way has told.
+        steps: How many ``step.completed`` the pass under way has told, by image.
+        decoded: Digest of the images that were decoded from latents, by the latents' digest.
         upscale: The event ``upscale.completed``, once there is one.
     """
 
     started: Mapping[str, Any]
     passes: dict[int, Mapping[str, Any]] = field(default_factory=dict)
-    steps: int = 0
+    steps: Counter[str] = field(default_factory=Counter)
+    decoded: dict[str, str] = field(default_factory=dict)
     upscale: Mapping[str, Any] | None = None
 
 
@@ -67,6 +71,7 @@ class Course:
         shelf: The components that are held and in service.
         spans: What has begun and not ended.
         runs: Requests under way, by their id.
+        again: Whether a recompile of everything that serves was asked for and is under way.
         planned: What the plan in force still expects to be done; None where there is none.
         degraded: Kinds of degradation that were told.
         debug: Whether events of level debug are in the log.
@@ -82,6 +87,7 @@ class Course:
     shelf: Shelf = field(default_factory=Shelf)
     spans: OpenSpans = field(default_factory=OpenSpans)
     runs: dict[str, Run] = field(default_factory=dict)
+    again: bool = False
     planned: Counter[str] | None = None
     degraded: set[str] = field(default_factory=set)
     debug: bool = False
@@ -140,6 +146,8 @@ def _moved(course: Course, event: Mapping[str, Any]) -> None:
     else:
         course.shelf.commit()
     _did(course, event)
+    recompiling = event.get("trigger") == Trigger.RECOMPILE
+    course.again = recompiling and event.get("reason") == _AGAIN
 
 
 def _compiled(course: Course, event: Mapping[str, Any]) -> None:
@@ -192,13 +200,18 @@ def _passed(course: Course, event: Mapping[str, Any]) -> None:
     if run := course.run_of(event):
         run.passes[event.get("pass", 0)] = event
         if event["event"] == "pass.started":
-            run.steps = 0
+            run.steps.clear()
             course.shelf.commit()
 
 
 def _stepped(course: Course, event: Mapping[str, Any]) -> None:
     if run := course.run_of(event):
-        run.steps += 1
+        run.steps[str(event.get("image"))] += 1
+
+
+def _decoded(course: Course, event: Mapping[str, Any]) -> None:
+    if (run := course.run_of(event)) and "input_digest" in event:
+        run.decoded[str(event["input_digest"])] = str(event.get("output_digest"))
 
 
 def _upscaled(course: Course, event: Mapping[str, Any]) -> None:
@@ -233,6 +246,7 @@ _FOLDS: Mapping[str, Callable[[Course, Mapping[str, Any]], None]] = {
     "pass.started": _passed,
     "pass.completed": _passed,
     "step.completed": _stepped,
+    "decode.completed": _decoded,
     "upscale.completed": _upscaled,
     "degradation": _degraded,
 }

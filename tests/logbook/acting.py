@@ -102,9 +102,10 @@ class Actor:
         facts = {"kind": "hires", "width": side, "height": side, "steps": steps, "seeds": [7]}
         with (
             self.emit.scope(request_id=request_id),
-            self.emit.span("request", request_id=request_id, **facts),
+            self.emit.span("request", **facts) as learned,
         ):
             yield
+            learned.update(width=2 * side, height=2 * side)
 
     def denoise(self, number: int, taken: str, *, side: int, steps: int = 4) -> str:
         mode = self.lifecycle.mode
@@ -112,12 +113,11 @@ class Actor:
         made = digest(number, taken, side, self.lora)
         self.emit("view.created", mode=mode, pipeline=PIPELINES[mode], compiles=0)
         facts: dict[str, Any] = {
-            "request_id": "", "mode": mode, "pipeline": PIPELINES[mode], "width": side,
+            "mode": mode, "pipeline": PIPELINES[mode], "width": side,
             "height": side, "steps": steps, "strength": 0.5 if number == 2 else None,
             "scheduler": "EulerDiscreteScheduler", "guidance": 7.0, "lora": list(self.lora),
             "input": "image" if taken else "none", "input_digest": taken or None, "images": 1,
         }  # fmt: skip
-        del facts["request_id"]  # the scope of the request gives it
         with (
             self.emit.scope(**{"pass": number, "mode": mode}),
             self.emit.span("pass", **facts) as learned,
@@ -127,6 +127,14 @@ class Actor:
             learned.update(evaluations=steps, output_digest=made)
         return made
 
+    def decode(self, latents: str) -> str:
+        image = digest("image", latents)
+        self.emit(
+            "decode.completed", images=1, seconds=0.003, tiled=False, input_digest=latents,
+            output_digest=image,
+        )  # fmt: skip
+        return image
+
     def hires(self, request_id: str, *lora: str, side: int = 64) -> None:
         """Two passes; the second one with its own LoRA set where one is given."""
         relora = bool(lora) and lora != self.lora
@@ -135,19 +143,20 @@ class Actor:
         encoder = ["compile vae_encoder " + digest("vae_encoder", ())]
         encoder = [] if "vae_encoder" in self.service else encoder
         again = ["recompile img2img", f"fuse unet {unet}", f"compile unet {unet}"]
-        with self.request(request_id, side=2 * side):
+        with self.request(request_id, side=side):
             self.plan([*back, *encoder, "switch img2img", *(again if relora else [])])
             self.switch(Mode.TXT2IMG)
             first = self.denoise(1, "", side=side)
-            large = digest("lanczos", first)
+            image = self.decode(first)
+            large = digest("lanczos", image)
             self.emit(
                 "upscale.completed", upscaler="lanczos", space="image", width=2 * side,
-                height=2 * side, input_digest=first, output_digest=large, seconds=0.002,
+                height=2 * side, input_digest=image, output_digest=large, seconds=0.002,
             )  # fmt: skip
             self.switch(Mode.IMG2IMG)
             if relora:
                 self.recompile(*lora)
-            self.denoise(2, large, side=2 * side)
+            self.decode(self.denoise(2, large, side=2 * side))
 
 
 def hires_with_lora(actor: Actor) -> None:

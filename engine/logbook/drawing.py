@@ -1,0 +1,213 @@
+"""The timeline drawn: one SVG, and the page that lets a reader move about in it."""
+
+from __future__ import annotations
+
+import html
+import math
+from importlib.resources import files
+from string import Template
+from typing import TYPE_CHECKING
+
+import drawsvg
+
+from holdfast.engine.logbook.story import seconds, size
+from holdfast.engine.logbook.write import printable
+from holdfast.states import Mode, State
+
+if TYPE_CHECKING:
+    import datetime as dt
+    from collections.abc import Iterable, Sequence
+
+    from holdfast.engine.logbook.timeline import Bar, Lanes
+
+LABELS, PLOT, ROW, BAR, MEMORY, AXIS = 150, 1200, 24, 18, 64, 26
+_BASELINE = 13
+_TICKS, _FINE = 10, 5
+# Colours by meaning, told apart by lightness too; the dark ones for a reader whose system is dark.
+_STYLE = """
+svg.log { --ink: #1b1f24; --soft: #6b7280; --line: #e5e7eb; --paper: #ffffff; --dim: #d1d5db;
+  --a: #3b74c9; --b: #16877a; --busy: #d9820f; --bad: #c62f3b; --held: #cfe0f5; --wait: #e7dcf5;
+  font: 12px system-ui, sans-serif; background: var(--paper); }
+@media (prefers-color-scheme: dark) { svg.log { --ink: #e6e8eb; --soft: #9aa3af; --line: #2b3038;
+  --paper: #15181d; --dim: #3d434c; --a: #4f8be0; --b: #28a394; --busy: #e09a3a; --bad: #ef6a72;
+  --held: #24364f; --wait: #3a2f52; } }
+svg.log text { fill: var(--ink); } svg.log .soft { fill: var(--soft); }
+svg.log .engine { font-weight: 600; }
+svg.log .tick { stroke: var(--line); } svg.log .fine { visibility: hidden; }
+svg.log.near .fine { visibility: visible; }
+svg.log .edge { fill: var(--paper); }
+.bar rect { fill: var(--dim); stroke: var(--dim); stroke-width: 1; } .bar { cursor: default; }
+.bar text { pointer-events: none; }
+.txt2img rect { fill: var(--a); stroke: var(--a); }
+.img2img rect { fill: var(--b); stroke: var(--b); }
+.held rect { fill: var(--held); stroke: var(--held); }
+.waiting rect { fill: var(--wait); stroke: var(--wait); }
+.request rect { fill: none; stroke: var(--soft); }
+.work rect, .recompiling rect { fill: var(--busy); stroke: var(--busy); }
+.error rect, .failed rect { fill: var(--bad); stroke: var(--bad); }
+.warning rect, .cancelled rect { fill: var(--paper); stroke: var(--bad); stroke-dasharray: 3 2; }
+.cut rect { stroke: var(--bad); stroke-width: 2; stroke-dasharray: 6 3; }
+svg.log .txt2img text, svg.log .img2img text, svg.log .failed text { fill: #fff; }
+.memory { fill: var(--held); stroke: var(--a); stroke-width: 1.5;
+  vector-effect: non-scaling-stroke; }
+"""
+
+
+class TooMuch(ValueError):  # noqa: N818 - says what the log is, as a sentence does
+    """A log has more bars than a page can show."""
+
+
+def svg(engines: Sequence[Lanes], limit: int = 20_000) -> str:
+    """
+    Draw a log as one SVG, 1350 pixels wide: light or dark as the reader's system is.
+
+    Raises:
+        TooMuch: There are more than `limit` bars even without the steps, or nothing at all.
+    """
+    count = sum(len(bars) for each in engines for bars in each.bars.values())
+    steps = sum(len(each.bars["steps"]) for each in engines)
+    if not count:
+        raise TooMuch("there is nothing to draw: no event was left")
+    if count - steps > limit:
+        raise TooMuch(f"{count - steps} bars are more than the {limit} that a page can show")
+    rows = _Rows(engines, with_steps=count <= limit)
+    return rows.draw()
+
+
+def page(engines: Sequence[Lanes], told: Iterable[str], title: str) -> str:
+    """
+    Wrap the drawing in one HTML page that needs nothing else: hover, zoom, search, and the story.
+
+    Args:
+        engines: What is drawn.
+        told: The story, one line for each event, shown below the drawing.
+        title: For a person; file names of any kind are safe.
+
+    Raises:
+        TooMuch: As `svg` does.
+    """
+    template = files("holdfast.engine.logbook").joinpath("page.html").read_text("utf-8")
+    story = "\n".join(f"<li>{html.escape(printable(line))}</li>" for line in told)
+    drawing = svg(engines).partition("?>")[2]
+    return Template(template).substitute(
+        title=html.escape(printable(title)), drawing=drawing, story=story, labels=LABELS
+    )
+
+
+class _Nested(drawsvg.DrawingParentElement):  # type: ignore[misc] # drawsvg publishes no types
+    """An ``svg`` inside the drawing: percentages in it are shares of its width, however wide."""
+
+    TAG_NAME = "svg"
+
+
+class _Rows:
+    def __init__(self, engines: Sequence[Lanes], *, with_steps: bool) -> None:
+        bars = [bar for each in engines for row in each.bars.values() for bar in row]
+        self._begin = min(bar.begin for bar in bars)
+        end = max(bar.end for bar in bars)
+        self._span = max((end - self._begin).total_seconds(), 1e-3)
+        self._engines = engines
+        self._with_steps = with_steps
+        self._y = float(AXIS)
+        self._plot = _Nested(x=LABELS, y=0, width=PLOT, class_="plot", overflow="hidden")
+        self._labels = drawsvg.Group(class_="labels")
+
+    def draw(self) -> str:
+        for lanes in self._engines:
+            self._lanes(lanes)
+        height = self._y + 8
+        whole = drawsvg.Drawing(LABELS + PLOT, height, class_="log", role="img")
+        whole.append_css(_STYLE)
+        for tick in self._ticks(height):
+            self._plot.children.insert(0, tick)
+        self._plot.args["height"] = height
+        whole.append(self._plot)
+        self._labels.children.insert(0, drawsvg.Rectangle(0, 0, LABELS, height, class_="edge"))
+        whole.append(self._labels)
+        return str(whole.as_svg())
+
+    def _lanes(self, lanes: Lanes) -> None:
+        self._label(lanes.engine_id, "engine")
+        for name, bars in lanes.rows():
+            if bars and bars[0].kind == "step" and not self._with_steps:
+                continue
+            self._label(name, "soft")
+            for bar in bars:
+                self._plot.append(self._bar(bar))
+            self._y += ROW
+        if lanes.memory:
+            self._memory(lanes.memory)
+        self._y += ROW / 2
+
+    def _label(self, name: str, style: str) -> None:
+        short = printable(name)
+        short = short if len(short) <= _LABEL_CHARS else f"{short[: _LABEL_CHARS - 1]}…"
+        self._labels.append(drawsvg.Text(short, 12, x=8, y=self._y + _BASELINE, class_=style))
+        if style == "engine":
+            self._y += ROW
+
+    def _bar(self, bar: Bar) -> drawsvg.Group:
+        left = self._share(bar.begin)
+        width = f"{(bar.end - bar.begin).total_seconds() / self._span * 100:.4f}%"
+        group = drawsvg.Group(class_=f"bar {_classes(bar.kind)}")
+        group.append_title(bar.details)
+        group.append(drawsvg.Rectangle(left, self._y, width, BAR, rx=2))
+        inside = _Nested(x=left, y=self._y, width=width, height=BAR, overflow="hidden")
+        inside.append(drawsvg.Text(bar.label, 11, x=5, y=_BASELINE))
+        if bar.end > bar.begin:
+            group.append(inside)
+        return group
+
+    def _memory(self, samples: list[tuple[dt.datetime, float]]) -> None:
+        most = max(rss for _, rss in samples)
+        self._label("memory", "soft")
+        top = drawsvg.Text(size(most), 11, x=8, y=self._y + 2 * _BASELINE, class_="soft")
+        self._labels.append(top)
+        points = [((at - self._begin).total_seconds() / self._span, rss) for at, rss in samples]
+        path = drawsvg.Path(class_="memory").M(points[0][0] * 1000, 100)
+        for (x, rss), (until, _) in zip(points, [*points[1:], (1.0, 0.0)], strict=True):
+            path.L(x * 1000, 98 - 96 * rss / most).L(until * 1000, 98 - 96 * rss / most)
+        path.L(1000, 100).Z()
+        area = _Nested(
+            x=0, y=self._y, width="100%", height=MEMORY, viewBox="0 0 1000 100",
+            preserveAspectRatio="none",
+        )  # fmt: skip
+        area.append(path)
+        self._plot.append(area)
+        self._y += MEMORY
+
+    def _ticks(self, height: float) -> Iterable[drawsvg.DrawingElement]:
+        step = _nice(self._span / _TICKS) / _FINE
+        for number in range(int(self._span / step) + 1):
+            left = f"{number * step / self._span * 100:.4f}%"
+            style = "" if number % _FINE == 0 else " fine"
+            yield drawsvg.Line(left, AXIS - 6, left, height, class_=f"tick{style}")
+            yield drawsvg.Text(
+                seconds(number * step), 11, x=left, y=_BASELINE, dx=3, class_=f"soft{style}"
+            )
+
+    def _share(self, at: dt.datetime) -> str:
+        return f"{(at - self._begin).total_seconds() / self._span * 100:.4f}%"
+
+
+_LABEL_CHARS = 20
+_STATE_CLASSES = {
+    **{name: mode.value for mode in Mode for name in (mode.value, State.compiled(mode).value)},
+    **{State.recompiling(mode).value: "recompiling" for mode in Mode},
+}
+
+
+def _classes(kind: str) -> str:
+    """Return the style classes of a bar: only names from here, nothing that a log says."""
+    prefix, _, ending = kind.partition(" ")
+    known = ("held", "waiting", "request", "error", "warning")
+    own = _STATE_CLASSES.get(prefix, prefix if prefix in known else "")
+    if prefix.startswith(("component.", "export")):
+        own = "work"
+    return f"{own} {ending if ending in ('failed', 'cancelled', 'cut') else ''}".strip()
+
+
+def _nice(value: float) -> float:
+    """Return the 1, 2 or 5 times a power of ten that is not below `value`."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(power * lead for lead in (1, 2, 5, 10) if power * lead >= value)

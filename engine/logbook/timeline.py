@@ -1,0 +1,184 @@
+"""A log as lanes of bars over time: what the page, the picture and the Perfetto trace all show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from holdfast.engine.logbook.read import Entry
+from holdfast.engine.logbook.spans import SPAN_EVENTS, OpenSpans, Span
+from holdfast.engine.logbook.story import seconds, words
+from holdfast.engine.logbook.write import printable
+from holdfast.states import State
+
+if TYPE_CHECKING:
+    import datetime as dt
+    from collections.abc import Iterable, Iterator
+
+    from holdfast.engine.logbook.read import Problem
+
+_LANES = ("state", "requests", "passes", "steps")
+_LANE_OF = {"request": "requests", "pass": "passes", "export": "export"}
+_LAST = "events"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """
+    Something on a lane, from one moment to another.
+
+    Attributes:
+        begin: Where it begins.
+        end: Where it ends; the same moment for an instant.
+        label: Short, for the bar itself.
+        kind: What it is: a state's name, ``"waiting"``, ``"held"``, ``"step"``, ``"told"``,
+            ``"warning"``, ``"error"``, a pass's mode, or a span's prefix; with ``" failed"``,
+            ``" cancelled"`` or ``" cut"`` after it where it did not end well.
+        details: All of it, for a reader who points at it: printable lines.
+    """
+
+    begin: dt.datetime
+    end: dt.datetime
+    label: str
+    kind: str
+    details: str
+
+
+@dataclass
+class Lanes:
+    """
+    One engine's lanes.
+
+    Attributes:
+        engine_id: The engine.
+        bars: The bars of each lane, by its name, in the order in which they ended.
+        memory: Resident bytes by moment.
+    """
+
+    engine_id: str
+    bars: dict[str, list[Bar]] = field(default_factory=lambda: {lane: [] for lane in _LANES})
+    memory: list[tuple[dt.datetime, float]] = field(default_factory=list)
+
+    def rows(self) -> Iterator[tuple[str, list[Bar]]]:
+        """Give each lane in the order of reading, split so that no two bars of a row overlap."""
+        for lane in sorted(self.bars, key=_reading_order):
+            rows: list[list[Bar]] = []
+            for bar in sorted(self.bars[lane], key=lambda bar: bar.begin):
+                free = (row for row in rows if row[-1].end <= bar.begin)
+                row = next(free, None)
+                if row is None:
+                    rows.append(row := [])
+                row.append(bar)
+            for number, row in enumerate(rows):
+                yield (lane if number == 0 else ""), row
+
+
+def _reading_order(lane: str) -> tuple[int, str]:
+    if lane in _LANES:
+        return _LANES.index(lane), lane
+    return len(_LANES) + (lane == _LAST), lane
+
+
+def lanes(items: Iterable[Entry | Problem]) -> list[Lanes]:
+    """Sort a log's events into the lanes of each engine, in the order in which engines appear."""
+    drawn: dict[str, _Drawing] = {}
+    for item in items:
+        if isinstance(item, Entry):
+            drawn.setdefault(item.engine_id, _Drawing(item)).take(item)
+    return [drawing.finish() for drawing in drawn.values()]
+
+
+class _Drawing:
+    def __init__(self, first: Entry) -> None:
+        self._lanes = Lanes(first.engine_id)
+        self._spans = OpenSpans()
+        self._since = first
+        self._last = first
+        self._held: dict[str, Entry] = {}
+        self._queued: dict[str, Entry] = {}
+
+    def take(self, entry: Entry) -> None:
+        self._last = entry
+        event, level = entry.event, entry.event.get("level")
+        span = self._spans.fold(entry)
+        if rss := event.get("rss_bytes"):
+            self._lanes.memory.append((entry.at, rss))
+        if span:
+            self._span(span, entry)
+        elif entry.name == "request.started":
+            self._waited(entry)
+        elif entry.name == "state.changed":
+            self._state(str(event.get("source")), entry)
+        elif entry.name == "component.evicted":
+            self._kept(str(event.get("key")), entry)
+        elif entry.name == "request.queued":
+            self._queued[str(event.get("request_id"))] = entry
+        elif entry.name == "step.completed":
+            self._add("steps", entry, entry, str(event.get("step")), "step")
+        elif level in ("warning", "error"):
+            self._add(_LAST, entry, entry, entry.name, level)
+        elif level != "debug" and entry.name not in SPAN_EVENTS:
+            self._add(_LAST, entry, entry, entry.name, "told")
+
+    def finish(self) -> Lanes:
+        """Draw what has no end up to the last event."""
+        for span in self._spans:
+            self._bar(span, self._last, " cut")
+        for key in tuple(self._held):
+            self._kept(key, self._last)
+        if self._since is not self._last:
+            self._state(str(self._since.event.get("dest", State.UNLOADED)), self._last)
+        return self._lanes
+
+    def _span(self, span: Span, entry: Entry) -> None:
+        ending = entry.name.rpartition(".")[2]
+        self._bar(span, entry, "" if ending == "completed" else f" {ending}")
+        if entry.name == "component.compile.completed":
+            self._held[str(entry.event.get("key"))] = entry
+
+    def _bar(self, span: Span, end: Entry, how: str) -> None:
+        facts = span.started.event
+        lane = _LANE_OF.get(span.prefix, str(facts.get("component")))
+        label = {
+            "request": str(facts.get("request_id")),
+            "pass": f"{facts.get('pass')} {facts.get('mode')}",
+        }.get(span.prefix, span.prefix.rpartition(".")[2])
+        kind = str(facts.get("mode")) if span.prefix == "pass" else span.prefix
+        self._add(lane, span.started, end, label, f"{kind}{how}")
+
+    def _waited(self, entry: Entry) -> None:
+        request = str(entry.event.get("request_id"))
+        if queued := self._queued.pop(request, None):
+            self._add("requests", queued, entry, f"{request} waits", "waiting")
+
+    def _state(self, state: str, entry: Entry) -> None:
+        self._add("state", self._since, entry, state, state)
+        self._since = entry
+
+    def _kept(self, key: str, entry: Entry) -> None:
+        if since := self._held.pop(key, None):
+            self._add(str(since.event.get("component")), since, entry, f"held {key}", "held")
+
+    def _add(self, lane: str, begin: Entry, end: Entry, label: str, kind: str) -> None:
+        told = dict.fromkeys((_moment(begin), _moment(end)))
+        facts = {**begin.event, **end.event}
+        details = "\n".join(
+            [
+                f"{printable(label)}  {_lasted(begin, end)}",
+                *told,
+                *(printable(f"{key}: {value}") for key, value in facts.items() if key not in _TOLD),
+            ]
+        )
+        bar = Bar(begin.at, max(begin.at, end.at), printable(label), kind, details)
+        self._lanes.bars.setdefault(printable(lane), []).append(bar)
+
+
+_TOLD = ("event", "seq", "timestamp", "level", "engine_id", "seconds")
+
+
+def _moment(entry: Entry) -> str:
+    return printable(f"{entry.at:%H:%M:%S.%f} line {entry.line}: {words(entry)}")
+
+
+def _lasted(begin: Entry, end: Entry) -> str:
+    return "" if begin is end else seconds((end.at - begin.at).total_seconds())
