@@ -292,6 +292,8 @@ class Job(Generic[T]):
         else:
             self._course.finish()
             self.end("done", result)
+        finally:
+            del work, context  # an error's traceback holds this frame
 
     def end(
         self, status: Status, result: T | None = None, error: BaseException | None = None

@@ -57,8 +57,8 @@ class Owner:
         self._pid = os.getpid()
         self._numbers = itertools.count(1)
         self._lock = threading.RLock()
-        # A SimpleQueue, because an engine may be collected in any thread at any moment, this
-        # one's thread included: its put() is reentrant, which no Condition is.
+        # Not a Condition: an engine may be collected, and so closed, in this very thread between
+        # a look at the queue and the wait, and only a SimpleQueue remembers that wake-up.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._waiting: list[Job[Any]] = []
         self._jobs: weakref.WeakValueDictionary[str, Job[Any]] = weakref.WeakValueDictionary()
@@ -199,28 +199,25 @@ class Owner:
         if os.getpid() != self._pid:
             return False
         with self._lock:
-            if not self._closed:
-                self._closed, self._release = True, release
+            self._closed = True
+            self._release = self._release or release
             running, thread = self._running, self._thread
-        self._cancel_waiting()
-        self.abandon()
+        for job in tuple(self._waiting):
+            job.stop("nothing", _CLOSED)
+        self._leaving = True
+        self._wake.put(None)
         if running is not None and not wait:
             running.stop("nothing", _CLOSED)
-        if thread is None:
-            self._give_back()
-            return True
         if threading.current_thread() is thread:
             return False
-        if wait:
+        if thread is not None and wait:
             thread.join(timeout)
             if running is not None and thread.is_alive():
                 running.stop("nothing", f"{_CLOSED} and {timeout:g} s passed")
-        return not thread.is_alive()
-
-    def abandon(self) -> None:
-        """Let the thread end after what it has: takes no lock, as a finalizer must not."""
-        self._closed = self._leaving = True
-        self._wake.put(None)
+        if thread is not None and thread.is_alive():
+            return False
+        self._give_back()
+        return True
 
     def _job(
         self, kind: str, work: Callable[[Job[T]], T], request_id: str | None = None, **more: Any
@@ -280,10 +277,8 @@ class Owner:
                 del job
                 rested = False
                 continue
-            if self._leaving:
-                if not self._waiting:
-                    break
-                self._cancel_waiting()
+            if self._leaving and not self._waiting:
+                break
             try:
                 self._wake.get(timeout=None if rested else self._idle_seconds)
             except queue.Empty:
@@ -296,10 +291,6 @@ class Owner:
         callback = self._idle and self._idle()
         if callback is not None:
             Job(self, "idle", lambda _: callback(), request_id="idle").run()
-
-    def _cancel_waiting(self) -> None:
-        for job in tuple(self._waiting):
-            job.stop("nothing", _CLOSED)
 
     def _take(self) -> Job[Any] | None:
         choice = self._choose() if self._order == "fewest_recompiles" else None
@@ -329,7 +320,7 @@ class Owner:
 
     def _give_back(self) -> None:
         with self._lock:
-            release, self._release = self._release, None
+            release, self._release = self._release, _nothing
         if release is not None:
             release()
 
@@ -357,3 +348,7 @@ def _needs_recompile(job: Job[Any]) -> bool:
         return asks is not None and asks()
     except Exception:  # noqa: BLE001 - a request that cannot be planned fails, with this error, once it is taken
         return False
+
+
+def _nothing() -> None:
+    """Stand for a release that has been done, and keep a later one from being taken."""

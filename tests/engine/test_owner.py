@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import contextvars
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from holdfast.engine.errors import (
+    Cancelled,
+    EngineClosed,
+    InvalidRequest,
+    QueueFull,
+)
+from holdfast.engine.owner import MAX_OVERTAKEN
+
+from .workbench import PATIENCE, Bench, python, until_stopped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from holdfast.engine.jobs import Job
+
+
+# One thread ---------------------------------------------------------------------------------------
+
+
+def test_one_thread_does_all_jobs_one_at_a_time(bench: Bench) -> None:
+    """Jobs of many threads are done in one thread, which is none of theirs, and never overlap."""
+    inside, overlaps, threads = [0], [0], set()
+
+    def work(_: Job[int]) -> int:
+        inside[0] += 1
+        overlaps[0] += inside[0] > 1
+        threads.add(threading.get_ident())
+        inside[0] -= 1
+        return 1
+
+    def host(_: int) -> tuple[int, int]:
+        return threading.get_ident(), sum(bench.owner.submit("x", work).result() for _ in range(25))
+
+    with ThreadPoolExecutor(8) as pool:
+        hosts = list(pool.map(host, range(8)))
+    assert [count for _, count in hosts] == [25] * 8
+    assert overlaps == [0]
+    assert len(threads) == 1
+    assert not threads & {thread for thread, _ in hosts}
+
+
+def test_no_thread_starts_before_the_first_job(bench: Bench) -> None:
+    """An owner that was never given a job has no thread, and closes without one."""
+    before = threading.active_count()
+    assert bench.owner.close()
+    assert threading.active_count() == before
+
+
+def test_the_work_sees_the_context_of_its_submitter(bench: Bench) -> None:
+    """What the submitting thread bound in its context variables is bound in its job alone."""
+    user = contextvars.ContextVar("user", default="nobody")
+    user.set("ada")
+    hers = bench.owner.submit("x", lambda _: user.get())
+    empty = contextvars.Context().run(lambda: bench.owner.submit("x", lambda _: user.get()))
+    assert (hers.result(), empty.result()) == ("ada", "nobody")
+
+
+# Order --------------------------------------------------------------------------------------------
+
+
+def test_equal_jobs_run_as_submitted(bench: Bench) -> None:
+    """Without priorities, the order of submission is the order of work."""
+    bench.busy()
+    jobs = [bench.named(str(number)) for number in range(20)]
+    bench.gate.set()
+    jobs[-1].result(PATIENCE)
+    assert bench.order == [str(number) for number in range(20)]
+
+
+def test_higher_priorities_run_first(bench: Bench) -> None:
+    """A higher priority overtakes lower ones; the equal ones keep their order."""
+    bench.busy()
+    jobs = [
+        bench.named(f"{priority}{letter}", priority=priority)
+        for letter in "ab"
+        for priority in (0, 2, 1)
+    ]
+    assert [job.position for job in jobs] == [5, 1, 3, 6, 2, 4]
+    bench.gate.set()
+    jobs[3].result(PATIENCE)
+    assert bench.order == ["2a", "2b", "1a", "1b", "0a", "0b"]
+
+
+@pytest.mark.parametrize("order", ["fair", "fewest_recompiles"])
+def test_nothing_passes_a_change(benches: Callable[..., Bench], order: str) -> None:
+    """A change to the engine comes after all queued before it, and before the later ones."""
+    bench = benches(order=order)
+    bench.busy()
+    bench.named("before", recompiles=lambda: True)
+    with ThreadPoolExecutor(1) as pool:
+        change = pool.submit(
+            bench.owner.call, "configure", lambda _: bench.order.append("configure")
+        )
+        while not any(job.kind == "configure" for job in bench.owner._waiting):
+            assert not change.done()
+        after = bench.named("after", priority=9, recompiles=lambda: False)
+        bench.gate.set()
+        change.result(PATIENCE)
+        after.result(PATIENCE)
+    assert bench.order == ["before", "configure", "after"]
+
+
+def test_only_the_host_lets_requests_overtake(benches: Callable[..., Bench]) -> None:
+    """Under "fewest_recompiles" the requests that need no recompile go ahead, under "fair" none."""
+    orders = {}
+    for order in ("fair", "fewest_recompiles"):
+        bench = benches(order=order)
+        bench.busy()
+        bench.named("slow", recompiles=lambda: True)
+        bench.named("quick", recompiles=lambda: False)
+        bench.named("urgent", recompiles=lambda: True, priority=1)
+        bench.gate.set()
+        bench.owner.call("last", lambda _: None)
+        orders[order] = bench.order
+    assert orders["fair"] == ["urgent", "slow", "quick"]
+    assert orders["fewest_recompiles"] == ["urgent", "quick", "slow"]
+
+
+def test_nobody_starves(benches: Callable[..., Bench]) -> None:
+    """A request that needs a recompile is overtaken a bounded number of times."""
+    bench = benches(order="fewest_recompiles")
+    bench.busy()
+    bench.named("slow", recompiles=lambda: True)
+    for number in range(3 * MAX_OVERTAKEN):
+        bench.named(str(number), recompiles=lambda: False)
+    bench.gate.set()
+    bench.owner.call("last", lambda _: None)
+    assert bench.order.index("slow") == MAX_OVERTAKEN
+
+
+def test_a_request_that_cannot_be_planned_fails_by_itself(benches: Callable[..., Bench]) -> None:
+    """An error while the order is chosen harms no other job."""
+    bench = benches(order="fewest_recompiles")
+
+    def refuse(*_: object) -> Any:
+        msg = "no such LoRA"
+        raise InvalidRequest(msg)
+
+    bench.busy()
+    bad = bench.owner.submit("bad", refuse, recompiles=refuse)
+    good = bench.named("good", recompiles=lambda: True)
+    bench.gate.set()
+    assert isinstance(bad.exception(PATIENCE), InvalidRequest)
+    assert good.exception(PATIENCE) is None
+
+
+def test_a_full_queue_says_how_long_it_is(benches: Callable[..., Bench]) -> None:
+    """A request too many is refused with the queue's length; changes are always taken."""
+    bench = benches(queue_limit=2)
+    bench.busy()
+    waiting = [bench.named("a"), bench.named("b")]
+    with pytest.raises(QueueFull, match=r"2 jobs wait and the limit is 2"):
+        bench.named("c")
+    with ThreadPoolExecutor(1) as pool:
+        change = pool.submit(bench.owner.call, "unload", lambda _: "unloaded")
+        while len(bench.owner._waiting) < 3:
+            assert not change.done()
+        assert waiting[0].cancel()
+        bench.gate.set()
+        assert change.result(PATIENCE) == "unloaded"
+    bench.named("c").result(PATIENCE)
+
+
+def test_the_queueing_is_logged_before_the_work(bench: Bench) -> None:
+    """request.queued tells how many are ahead, and precedes all that its job logs."""
+    for number in range(50):
+        request_id = f"request-{number}"
+        bench.owner.submit(
+            "x",
+            lambda job: bench.emit("memory.sampled", rss_bytes=0, held_bytes=0, of=job.request_id),
+            request_id=request_id,
+        )
+    bench.owner.call("last", lambda _: None)
+    seen: set[str] = set()
+    for record in bench.events("request.queued", "memory.sampled"):
+        if record["event"] == "request.queued":
+            assert record["ahead"] >= 0
+            seen.add(record["request_id"])
+        else:
+            assert record["of"] in seen
+    assert len(seen) == 50
+
+
+# Closing ------------------------------------------------------------------------------------------
+
+
+def test_closing_lets_the_running_job_end(bench: Bench) -> None:
+    """close() waits for the running job, cancels those that wait, and refuses new ones."""
+    running, waiting = bench.busy(), bench.named("waiting")
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(bench.owner.close)
+        assert isinstance(waiting.exception(PATIENCE), Cancelled)
+        with pytest.raises(EngineClosed, match="open another engine"):
+            bench.named("late")
+        assert not closing.done()
+        bench.gate.set()
+        assert closing.result(PATIENCE)
+    assert running.status == "done"
+    assert "the engine was closed" in str(waiting.exception())
+
+
+def test_closing_without_waiting_cancels(bench: Bench) -> None:
+    """close(wait=False) asks the running job to stop; a later close waits for the end of it all."""
+    job = bench.owner.submit("x", until_stopped)
+    bench.owner.close(wait=False)
+    assert bench.owner.close(timeout=PATIENCE)
+    assert isinstance(job.exception(0), Cancelled)
+
+
+def test_closing_gives_up_in_time(bench: Bench) -> None:
+    """close(timeout) returns False in time, having asked a job that goes on to stop."""
+    job = bench.busy()
+    assert not bench.owner.close(timeout=0.05)
+    assert job.status == "cancelling"
+    assert not bench.owner.close(timeout=0)
+    bench.gate.set()
+    assert bench.owner.close(timeout=PATIENCE)
+
+
+def test_closing_leaves_no_thread(bench: Bench) -> None:
+    """When close has returned True, the owner's thread is gone; closing again is nothing."""
+    before = threading.active_count()
+    bench.named("x").result(PATIENCE)
+    assert threading.active_count() == before + 1
+    assert bench.owner.close()
+    assert bench.owner.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_the_release_is_done_once_and_last(bench: Bench, *, used: bool) -> None:
+    """It runs after the last job, in the thread that did the jobs if there is one."""
+    done: list[int] = []
+    owner = threading.get_ident()
+    if used:
+        owner = bench.owner.submit("x", lambda _: threading.get_ident()).result(PATIENCE)
+    for _ in range(3):
+        assert bench.owner.close(release=lambda: done.append(threading.get_ident()))
+    assert done == [owner]
+
+
+def test_a_job_may_close_its_own_engine(bench: Bench) -> None:
+    """Closing inside a job asks it to stop where asked for, and does not wait for itself."""
+
+    def work(job: Job[None]) -> None:
+        assert not bench.owner.close(wait=False)
+        job.checkpoint("after")
+
+    job = bench.owner.submit("x", work)
+    assert isinstance(job.exception(PATIENCE), Cancelled)
+    assert bench.owner.close(timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("jobs", ["", "submit", "wait"])
+def test_the_interpreter_exits_although_nobody_closed(jobs: str) -> None:
+    """Exit cancels a running job and ends, quietly; a thread that waits for the job hears of it."""
+    ran = python(f"""
+        if {jobs!r}:
+            job = owner.submit("x", forever)
+            late = owner.submit("y", forever)
+            runs.wait()
+        if {jobs!r} == "wait":
+            def wait():
+                print(type(job.exception()).__name__, type(late.exception()).__name__)
+            threading.Thread(target=wait, daemon=True).start()
+            import atexit
+            atexit.register(lambda: time.sleep(0.2))
+        """)
+    said = "Cancelled Cancelled\n" if jobs == "wait" else ""
+    assert (ran.stdout, ran.stderr, ran.returncode) == (said, "", 0)
+
+
+def test_a_fork_is_refused() -> None:
+    """In a forked process every call says what to do, and none hangs; the parent goes on."""
+    ran = python("""
+        from holdfast.engine.errors import HoldfastError
+        job = owner.submit("x", forever)
+        runs.wait()
+        child = os.fork()
+        if child == 0:
+            other = Owner("other", Emitter("other"), queue_limit=9, order="fair")
+            for call in (
+                lambda: owner.submit("x", forever), lambda: owner.call("x", forever), job.result,
+                lambda: other.submit("x", forever),
+            ):
+                try:
+                    call()
+                except HoldfastError as error:
+                    assert "forked off process" in str(error) and "'spawn'" in str(error)
+                else:
+                    os._exit(1)
+            os._exit(0 if owner.close() is False else 2)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), job.cancel(), owner.close())
+        """)
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("0 True True\n", "", 0)
+
+
+def test_forking_before_the_first_job_is_fine() -> None:
+    """A server may import and fork first, and open an engine in each of its processes."""
+    ran = python("""
+        child = os.fork()
+        if child == 0:
+            own = Owner("own", Emitter("own"), queue_limit=9, order="fair")
+            os._exit(0 if own.submit("x", lambda job: 5).result() == 5 and own.close() else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """)
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("0\n", "", 0)
+
+
+# Resting ------------------------------------------------------------------------------------------
+
+
+class Sleeper:
+    def __init__(self) -> None:
+        self.rests: list[int] = []
+        self.rested = threading.Event()
+
+    def rest(self) -> None:
+        self.rests.append(threading.get_ident())
+        self.rested.set()
+        raise ZeroDivisionError
+
+
+def test_resting_happens_once_after_each_busy_time(bench: Bench) -> None:
+    """An idle owner calls back in its own thread, once; again only after another job."""
+    sleeper = Sleeper()
+    bench.owner.idle(0.02, sleeper.rest)
+    for number in (1, 2):
+        owner = bench.owner.submit("x", lambda _: threading.get_ident()).result(PATIENCE)
+        assert sleeper.rested.wait(PATIENCE)
+        sleeper.rested.clear()
+        assert not sleeper.rested.wait(0.2)
+        assert sleeper.rests == [owner] * number
+
+
+def test_resting_keeps_nobody_alive(bench: Bench) -> None:
+    """The callback's object is held weakly."""
+    sleeper = Sleeper()
+    gone = weakref.ref(sleeper)
+    bench.owner.idle(0.02, sleeper.rest)
+    bench.named("x").result(PATIENCE)
+    assert sleeper.rested.wait(PATIENCE)
+    bench.named("y").result(PATIENCE)
+    del sleeper
+    gc.collect()
+    assert gone() is None
