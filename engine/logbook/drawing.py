@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import drawsvg
 
 from holdfast.engine.logbook.story import seconds, size
+from holdfast.engine.logbook.timeline import TooMuch
 from holdfast.engine.logbook.write import printable
 from holdfast.states import Mode, State
 
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 
     from holdfast.engine.logbook.timeline import Bar, Lanes
 
-LABELS, PLOT, ROW, BAR, MEMORY, AXIS = 150, 1200, 24, 18, 64, 26
+LABELS, PLOT, ROW, BAR, INSTANT, MEMORY, AXIS = 150, 1200, 24, 18, 2, 64, 26
 _BASELINE = 13
-_TICKS, _FINE = 10, 5
+_TICKS, _FINE, _LAST_LABEL = 10, 5, 0.97
 # Colours by meaning, told apart by lightness too; the dark ones for a reader whose system is dark.
 _STYLE = """
 svg.log { --ink: #1b1f24; --soft: #6b7280; --line: #e5e7eb; --paper: #ffffff; --dim: #d1d5db;
@@ -36,7 +37,8 @@ svg.log .engine { font-weight: 600; }
 svg.log .tick { stroke: var(--line); } svg.log .fine { visibility: hidden; }
 svg.log.near .fine { visibility: visible; }
 svg.log .edge { fill: var(--paper); }
-.bar rect { fill: var(--dim); stroke: var(--dim); stroke-width: 1; } .bar { cursor: default; }
+.bar rect { fill: var(--dim); stroke: var(--dim); stroke-width: 1; }
+.step rect, .told rect { fill: var(--soft); stroke: none; } .bar { cursor: default; }
 .bar text { pointer-events: none; }
 .txt2img rect { fill: var(--a); stroke: var(--a); }
 .img2img rect { fill: var(--b); stroke: var(--b); }
@@ -51,10 +53,6 @@ svg.log .txt2img text, svg.log .img2img text, svg.log .failed text { fill: #fff;
 .memory { fill: var(--held); stroke: var(--a); stroke-width: 1.5;
   vector-effect: non-scaling-stroke; }
 """
-
-
-class TooMuch(ValueError):  # noqa: N818 - says what the log is, as a sentence does
-    """A log has more bars than a page can show."""
 
 
 def svg(engines: Sequence[Lanes], limit: int = 20_000) -> str:
@@ -148,14 +146,16 @@ class _Rows:
 
     def _bar(self, bar: Bar) -> drawsvg.Group:
         left = self._share(bar.begin)
-        width = f"{(bar.end - bar.begin).total_seconds() / self._span * 100:.4f}%"
         group = drawsvg.Group(class_=f"bar {_classes(bar.kind)}")
         group.append_title(bar.details)
+        if bar.end == bar.begin:
+            group.append(drawsvg.Rectangle(left, self._y, INSTANT, BAR))
+            return group
+        width = f"{(bar.end - bar.begin).total_seconds() / self._span * 100:.4f}%"
         group.append(drawsvg.Rectangle(left, self._y, width, BAR, rx=2))
         inside = _Nested(x=left, y=self._y, width=width, height=BAR, overflow="hidden")
         inside.append(drawsvg.Text(bar.label, 11, x=5, y=_BASELINE))
-        if bar.end > bar.begin:
-            group.append(inside)
+        group.append(inside)
         return group
 
     def _memory(self, samples: list[tuple[dt.datetime, float]]) -> None:
@@ -182,9 +182,9 @@ class _Rows:
             left = f"{number * step / self._span * 100:.4f}%"
             style = "" if number % _FINE == 0 else " fine"
             yield drawsvg.Line(left, AXIS - 6, left, height, class_=f"tick{style}")
-            yield drawsvg.Text(
-                seconds(number * step), 11, x=left, y=_BASELINE, dx=3, class_=f"soft{style}"
-            )
+            if number * step < _LAST_LABEL * self._span:
+                label = seconds(number * step)
+                yield drawsvg.Text(label, 11, x=left, y=_BASELINE, dx=3, class_=f"soft{style}")
 
     def _share(self, at: dt.datetime) -> str:
         return f"{(at - self._begin).total_seconds() / self._span * 100:.4f}%"
@@ -200,7 +200,7 @@ _STATE_CLASSES = {
 def _classes(kind: str) -> str:
     """Return the style classes of a bar: only names from here, nothing that a log says."""
     prefix, _, ending = kind.partition(" ")
-    known = ("held", "waiting", "request", "error", "warning")
+    known = ("held", "waiting", "request", "step", "told", "error", "warning")
     own = _STATE_CLASSES.get(prefix, prefix if prefix in known else "")
     if prefix.startswith(("component.", "export")):
         own = "work"

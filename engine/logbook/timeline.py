@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
     from holdfast.engine.logbook.read import Problem
 
+
+class TooMuch(ValueError):  # noqa: N818 - says what the log is, as a sentence does
+    """A log has nothing to draw, or more than a page can show."""
+
+
 _LANES = ("state", "requests", "passes", "steps")
 _LANE_OF = {"request": "requests", "pass": "passes", "export": "export"}
 _LAST = "events"
