@@ -85,12 +85,8 @@ def audit_command(
     with _usable():
         verdict = audit(_some(read(log_lines(file))))
     if json:
-        told = {
-            **msgspec.to_builtins(verdict),
-            "clean": verdict.clean,
-            "complete": verdict.complete,
-        }
-        typer.echo(msgspec.json.encode(told))
+        summary = {"clean": verdict.clean, "complete": verdict.complete}
+        typer.echo(msgspec.json.encode(summary | msgspec.to_builtins(verdict)))
     else:
         _tell(verdict)
     raise typer.Exit(0 if verdict.clean else BROKEN)
@@ -147,7 +143,7 @@ def timeline(
     typer.echo(f"{output}: {kind} of {len(entries)} events")
 
 
-class _NoEvents(ValueError):
+class _NoEventsError(ValueError):
     """A file holds no event of any engine."""
 
 
@@ -158,7 +154,7 @@ def _some(items: Iterable[Entry | Problem]) -> Iterator[Entry | Problem]:
         found = found or isinstance(item, Entry)
         yield item
     if not found:
-        raise _NoEvents("there is no event of a Holdfast engine in it")
+        raise _NoEventsError("there is no event of a Holdfast engine in it")
 
 
 @contextlib.contextmanager
@@ -170,7 +166,7 @@ def _usable() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except (OSError, _NoEvents, TooMuch) as error:
+    except (OSError, _NoEventsError, TooMuch) as error:
         typer.echo(f"holdfast log: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
 

@@ -124,14 +124,11 @@ def _digests(before: Course, entry: Entry) -> str | None:
 
 def _size(before: Course, entry: Entry) -> str | None:
     event, run = entry.event, before.run_of(entry.event)
+    if run is None:
+        return None
+    asked: Mapping[str, Any] | None = run.passes.get(event.get("pass", max(run.passes, default=0)))
     if entry.name == "pass.started":
-        first = event.get("pass") == _FIRST
-        asked = run and (run.started if first else run.upscale)
-    elif entry.name == "request.completed":
-        asked = run and run.passes and run.passes[max(run.passes)]
-    else:
-        span = before.spans.begun(event)
-        asked = span and span.started.event
+        asked = run.started if event.get("pass") == _FIRST else run.upscale
     if not asked or asked.get("width") is None or _area(asked) == _area(event):
         return None
     return f"{_area(asked)} was asked for, {_area(event)} was made"
@@ -147,8 +144,9 @@ def _steps(before: Course, entry: Entry) -> str | None:
     if not isinstance(asked, int) or made is None:
         return None
     scheduler = event.get("scheduler")
-    own = (int, *_EVALUATIONS.values())  # the model's own scheduler may be any
-    counts = own if scheduler is None else (_EVALUATIONS.get(str(scheduler), int),)
+    counts: tuple[Callable[[int], int], ...] = (_EVALUATIONS.get(str(scheduler), int),)
+    if scheduler is None:  # the model's own, which may be any
+        counts = (int, *_EVALUATIONS.values())
     expected = {count(asked) for count in counts}
     if made not in expected:
         return f"{asked} steps are {min(expected)} evaluations, but {made} were made"

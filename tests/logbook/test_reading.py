@@ -26,7 +26,11 @@ acting.failed_recompile(acting.Actor(lambda event: acted.append(dict(event))))
 LOG = b"".join(line(event) for event in acted)
 LINES = LOG.splitlines(keepends=True)
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
