@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from holdfast.engine.errors import ModelSourceError
+from holdfast.engine.imports import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,11 +56,12 @@ def download(model: str, revision: str | None, emit: Emit) -> Path:
     emit("download.started", level="info", **facts)
     began = time.perf_counter()
     try:
-        files = HfApi().list_repo_files(model, revision=revision)
-        folder = snapshot_download(
-            model, revision=revision, allow_patterns=needed(files), tqdm_class=_silent_bar()
-        )
-    except (OSError, ValueError) as error:
+        with quiet():
+            files = HfApi().list_repo_files(model, revision=revision)
+            folder = snapshot_download(
+                model, revision=revision, allow_patterns=needed(files), tqdm_class=_silent_bar()
+            )
+    except Exception as error:  # The hub's client passes on whatever its transport raises.
         seconds = time.perf_counter() - began
         text = f"{type(error).__name__}: {error}"
         emit("download.failed", level="error", error=text, seconds=seconds, **facts)

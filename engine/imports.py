@@ -69,9 +69,9 @@ def quiet() -> Iterator[None]:
     """
     Hold back what `LIBRARIES` say on this thread, up to but without errors, while the block runs.
 
-    The host's own warnings and log records pass: the warning filter matches these libraries' modules
-    only (not ``warnings.catch_warnings``, which mutes the whole process and, left in another order
-    by two threads, never lets go), and the log filter stops records of the calling thread only.
+    The host's own warnings and log records pass: the warning filter matches the libraries' modules
+    only (``warnings.catch_warnings`` would mute the whole process, and left in another order by two
+    threads would never let go), and the log filter stops records of the calling thread only.
     """
     muffler = _Muffler()
     loggers = _loggers()

@@ -214,6 +214,8 @@ def write_single_file(source: Path, target: Path) -> Path:
     """
     from safetensors.torch import load_file, save_file
 
+    target.parent.mkdir(parents=True, exist_ok=True)
+
     layers = json.loads((source / "unet" / "config.json").read_text())["layers_per_block"]
     blocks = len(json.loads((source / "vae" / "config.json").read_text())["block_out_channels"])
     weights = {}

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 import warnings
-from pathlib import Path
 from textwrap import dedent
+from typing import TYPE_CHECKING
 
 import pytest
 
 from holdfast.engine.imports import quiet
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # Runs in every Python process that inherits PYTHONPATH, the exporter's included.
 WATCH = """
@@ -23,6 +26,7 @@ def watch(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
         if not isinstance(arguments[-1], (str, bytes)):  # A path: a socket of this machine.
             note(f"{event} {arguments!r}")
+            raise ConnectionRefusedError("watched")
 note("python " + " ".join(sys.orig_argv[1:4]).replace("\\n", " "))
 sys.addaudithook(watch)
 """
