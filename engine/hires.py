@@ -46,24 +46,23 @@ def run_request(
         The images, and those of the first pass (empty for a request of one pass).
     """
     if isinstance(request, Txt2Img):
-        latents = runner.denoise(passes[0], None)
-        return runner.decode(latents), []
+        return runner.images(passes[0], None), []
     if isinstance(request, Img2Img):
         only = passes[0]
         image = upscale_image(as_rgb(request.image), "lanczos", only.width, only.height)
-        latents = runner.denoise(only, Source("image", [image] * len(only.seeds)))
-        return runner.decode(latents), []
+        return runner.images(only, Source("image", [image] * len(only.seeds))), []
 
     first, second = passes
-    latents = runner.denoise(first, None)
-    composed = runner.decode(latents)
-    runner.keep_first_pass(composed)
     if UPSCALERS[request.upscaler].space == "latent":
+        latents = runner.latents(first, None)
+        composed = runner.decode(latents)
         source = Source("latent", latents)
     else:
+        composed = runner.images(first, None)
         source = Source("image", composed)
-    latents = runner.denoise(second, runner.upscale(source, request.upscaler, second))
-    return runner.decode(latents), composed
+    runner.keep_first_pass(composed)
+    enlarged = runner.upscale(source, request.upscaler, second)
+    return runner.images(second, enlarged), composed
 
 
 def settle_seeds(request: Request) -> tuple[int, ...]:

@@ -95,12 +95,13 @@ def run_pass(
     prompts: Mapping[str, torch.Tensor],
     source: Source | None,
     encode: Callable[[Image.Image, torch.Generator], torch.Tensor],
+    finish: Callable[[list[torch.Tensor]], list[Any]],
     job: Job[Any],
     emit: Emitter,
     on_step: StepHook,
-) -> list[torch.Tensor]:
+) -> list[Any]:
     """
-    Denoise: one latent tensor (1, C, H, W) for each seed of `spec`.
+    Denoise: one output for each seed of `spec`.
 
     Image i starts from the noise of a fresh generator with seed i, so that it does not depend on
     which others are made with it.
@@ -112,6 +113,7 @@ def run_pass(
         prompts: Embeddings by the pipeline's argument names, one row each.
         source: What img2img starts from; None for txt2img.
         encode: Turns an image into latents, drawing from the generator.
+        finish: Turns latents (1, C, H, W) into what the pass gives.
         job: Told each step; stops the pass between two steps and within one.
         emit: Told each step.
         on_step: Called after each step with `spec`, its number, their count, and the latents.
@@ -160,8 +162,9 @@ def run_pass(
             )
             outputs += latents.split(1)
         learned["evaluations"] = evaluations // len(chunks)
-        learned["output_digest"] = digest(outputs)
-    return outputs
+        given = finish(outputs)
+        learned["output_digest"] = digest(given)
+    return given
 
 
 def _arguments(spec: PassSpec, mode: Mode, starts: Sequence[Any]) -> dict[str, Any]:

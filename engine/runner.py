@@ -11,7 +11,7 @@ from holdfast.engine.passes import PassSpec, Prompts, Source, decode, encode, ru
 from holdfast.engine.upscale import UPSCALERS, upscale_image, upscale_latents
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from PIL import Image
@@ -61,43 +61,29 @@ class Runner:
         self._on_step = on_step
         self._log_prompts = log_prompts
 
-    def denoise(self, spec: PassSpec, source: Source | None) -> list[torch.Tensor]:
+    def images(self, spec: PassSpec, source: Source | None) -> list[Image.Image]:
         """
-        Put in service what a pass needs, make sure of it, and run it.
+        Run a pass down to pixels.
 
         Raises:
             CompileError: What it needs could not be put in service.
             GenerationError: The view at hand is not what the pass asks for, or it failed.
             Cancelled: The job was stopped.
         """
-        with self._timed("prepare", f"prepare {spec.number}"):
-            for move in self._plan.stages[spec.number - 1]:
-                self._pipeline.carry_out(move)
-            view = self._pipeline.checked_view(spec.mode, spec.number)
-        with self._timed("encode prompt", f"prepare {spec.number}"):
-            rows = self._encode_prompt(spec, view)
-        with self._timed(f"pass {spec.number}", f"pass {spec.number}"):
-            return run_pass(
-                spec,
-                view,
-                self._pipeline.model,
-                prompts=rows,
-                source=source,
-                encode=lambda image, generator: self._encode(image, generator, view),
-                job=self._job,
-                emit=self._emit,
-                on_step=self._on_step,
-            )
+        return self._run(spec, source, self.decode)
+
+    def latents(self, spec: PassSpec, source: Source | None) -> list[torch.Tensor]:
+        """Run a pass, and leave its latents as they are. Raises as `images` does."""
+        return self._run(spec, source, lambda latents: latents)
 
     def decode(self, latents: Sequence[torch.Tensor]) -> list[Image.Image]:
         """Turn latents into images, one by one."""
         view = self._pipeline.view_in_service()
         began = time.perf_counter()
         images = []
-        with self._timed("decode", "decode"):
-            for each in latents:
-                self._job.checkpoint("decode")
-                images.append(decode(each, view))
+        for each in latents:
+            self._job.checkpoint("decode")
+            images.append(decode(each, view))
         seconds = round(time.perf_counter() - began, 6)
         self._emit("decode.completed", images=len(images), seconds=seconds, tiled=False)
         return images
@@ -129,6 +115,32 @@ class Runner:
     def keep_first_pass(self, images: Sequence[Image.Image]) -> None:
         """Hold on to the first pass's images, whatever becomes of the second."""
         self._job.keep_first_pass(images)
+
+    def _run(
+        self,
+        spec: PassSpec,
+        source: Source | None,
+        finish: Callable[[list[torch.Tensor]], list[Any]],
+    ) -> list[Any]:
+        with self._timed("prepare", f"prepare {spec.number}"):
+            for move in self._plan.stages[spec.number - 1]:
+                self._pipeline.carry_out(move)
+            view = self._pipeline.checked_view(spec.mode, spec.number)
+        with self._timed("encode prompt", f"prepare {spec.number}"):
+            rows = self._encode_prompt(spec, view)
+        with self._timed(f"pass {spec.number}", f"pass {spec.number}"):
+            return run_pass(
+                spec,
+                view,
+                self._pipeline.model,
+                prompts=rows,
+                source=source,
+                encode=lambda image, generator: self._encode(image, generator, view),
+                finish=finish,
+                job=self._job,
+                emit=self._emit,
+                on_step=self._on_step,
+            )
 
     def _encode_prompt(self, spec: PassSpec, view: View) -> dict[str, torch.Tensor]:
         self._job.checkpoint("encode prompt")
