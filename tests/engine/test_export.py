@@ -211,7 +211,7 @@ def test_weights_that_do_not_fit_their_config_are_an_error(tiny_sd: Path, tmp_pa
 def test_a_killed_exporter_is_an_error(
     tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """An exporter that the system kills, for want of memory perhaps, is told from one that fails."""
+    """An exporter that was killed, for want of memory perhaps, is told from one that failed."""
 
     class Killed(subprocess.Popen[bytes]):
         def wait(self, timeout: float | None = None) -> int:
