@@ -45,14 +45,12 @@ class Run:
         started: The event ``request.started``.
         passes: The latest event of each pass, by its number.
         steps: How many ``step.completed`` the pass under way has told, by image.
-        decoded: Digest of the images that were decoded from latents, by the latents' digest.
         upscale: The event ``upscale.completed``, once there is one.
     """
 
     started: Mapping[str, Any]
     passes: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     steps: Counter[str] = field(default_factory=Counter)
-    decoded: dict[str, str] = field(default_factory=dict)
     upscale: Mapping[str, Any] | None = None
 
 
@@ -209,11 +207,6 @@ def _stepped(course: Course, event: Mapping[str, Any]) -> None:
         run.steps[str(event.get("image"))] += 1
 
 
-def _decoded(course: Course, event: Mapping[str, Any]) -> None:
-    if (run := course.run_of(event)) and "input_digest" in event:
-        run.decoded[str(event["input_digest"])] = str(event.get("output_digest"))
-
-
 def _upscaled(course: Course, event: Mapping[str, Any]) -> None:
     if run := course.run_of(event):
         run.upscale = event
@@ -246,7 +239,6 @@ _FOLDS: Mapping[str, Callable[[Course, Mapping[str, Any]], None]] = {
     "pass.started": _passed,
     "pass.completed": _passed,
     "step.completed": _stepped,
-    "decode.completed": _decoded,
     "upscale.completed": _upscaled,
     "degradation": _degraded,
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 from holdfast.engine.events import COMMON, EVENTS
 from holdfast.engine.logbook.audit import audit
@@ -27,6 +28,11 @@ def assert_clean(path: Path) -> None:
         assert not missing_keys(entry), entry
         if entry.name == "engine.snapshot":
             assert not differences(course, entry.event), entry
+
+
+def events_of(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a log, to be changed at will."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def missing_keys(entry: Entry) -> set[str]:

@@ -32,12 +32,20 @@ def renumber(events: Events) -> None:
         event["seq"] = seq
 
 
+def compile_of(events: Events, component: str) -> Events:
+    """The first compile of a component, from its start to its end."""
+    return [
+        one(events, f"component.compile.{what}", component=component)
+        for what in ("started", "completed")
+    ]
+
+
 def _lose_one(events: Events) -> None:
-    events.remove(one(events, "memory.sampled"))
+    events.remove(one(events, "prompt.encoded"))
 
 
 def _tell_twice(events: Events) -> None:
-    event = one(events, "memory.sampled")
+    event = one(events, "prompt.encoded")
     events.insert(events.index(event), event)
 
 
@@ -84,15 +92,16 @@ def _steps_times_strength(events: Events) -> None:
     """Diffusers' img2img runs int(steps * strength) steps."""
     done = one(events, "pass.completed", number=2)
     done["evaluations"] = done["steps"] // 2
-    steps = [e for e in events if e["event"] == "step.completed" and e["pass"] == 2]
-    for event in steps[done["steps"] // 2 : done["steps"]]:
+    begin, end = events.index(one(events, "pass.started", number=2)), events.index(done)
+    steps = [event for event in events[begin:end] if event["event"] == "step.completed"]
+    for event in steps[done["evaluations"] :]:
         events.remove(event)
     renumber(events)
 
 
 def _compile_in_the_first_step(events: Events) -> None:
     """Optimum compiles lazily, inside the first step of the first pass."""
-    compiling = [e for e in events if e.get("component") == "vae_encoder"][:2]
+    compiling = compile_of(events, "vae_encoder")
     for event in compiling:
         events.remove(event)
     at = events.index(one(events, "pass.started", number=1)) + 1
@@ -102,8 +111,8 @@ def _compile_in_the_first_step(events: Events) -> None:
 
 def _compile_again(events: Events) -> None:
     """The VAE decoder, which is held, is compiled again before the second request."""
-    compiling = [dict(e) for e in events if e.get("component") == "vae_decoder"][:2]
-    at = events.index(one(events, "memory.sampled"))
+    compiling = [dict(event) for event in compile_of(events, "vae_decoder")]
+    at = events.index(one(events, "request.completed")) + 1
     events[at:at] = compiling
     renumber(events)
 
@@ -114,12 +123,12 @@ def _ignore_the_lora(events: Events) -> None:
 
 
 def _compile_unplanned(events: Events) -> None:
-    plan = one(events, "plan.made", request_id="first")
-    plan["steps"] = [step for step in plan["steps"] if not step.startswith("compile ")]
+    plan = one(events, "plan.made")
+    plan["steps"] = [step for step in plan["steps"] if not step.startswith("compile unet")]
 
 
 def _skip_the_plan(events: Events) -> None:
-    plan = one(events, "plan.made", request_id="first")
+    plan = one(events, "plan.made")
     plan["steps"].append("compile controlnet 0123456789abcdef")
 
 

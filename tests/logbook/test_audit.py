@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,12 +12,8 @@ from holdfast.engine.logbook.write import line
 if TYPE_CHECKING:
     from pathlib import Path
 
-from .audited import assert_clean
+from .audited import assert_clean, events_of
 from .doctored import DOCTORED, Doctoring, one, renumber
-
-
-def events_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(each) for each in path.read_text().splitlines()]
 
 
 def audited(events: list[dict[str, Any]]) -> Verdict:

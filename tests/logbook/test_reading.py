@@ -14,17 +14,13 @@ from holdfast.engine.logbook.read import Entry, Problem, log_lines, read
 from holdfast.engine.logbook.replay import courses
 from holdfast.engine.logbook.write import JsonLines, line
 
-from . import acting
+from .audited import events_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 NASTY = '\x1b[31m\x9b31m\n\r\u2028\u202e</title><script>alert("x")</script>{"event":1}\x00'
 
-acted: list[dict[str, Any]] = []
-acting.failed_recompile(acting.Actor(lambda event: acted.append(dict(event))))
-LOG = b"".join(line(event) for event in acted)
-LINES = LOG.splitlines(keepends=True)
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -36,66 +32,89 @@ json_values = st.recursive(
 )
 
 
-def whole(data: bytes) -> bool:
-    return audit(read(data.splitlines(keepends=True))).complete
+def whole(lines: list[bytes]) -> bool:
+    return audit(read(lines)).complete
 
 
-def test_log_as_written_is_complete() -> None:
-    """The log that the other tests of this file spoil is complete as it was written."""
-    assert whole(LOG)
+@pytest.fixture(scope="session", params=["hires_log", "rolled_back_log", "crowd_log"])
+def lines(request: pytest.FixtureRequest) -> list[bytes]:
+    """The lines of each real log."""
+    return list(log_lines(request.getfixturevalue(request.param)))
 
 
-@given(st.integers(0, len(LOG) - 1))
-def test_log_cut_at_any_byte_is_read_and_told_as_incomplete(end: int) -> None:
+def test_log_as_written_is_complete(lines: list[bytes]) -> None:
+    """The logs that the other tests of this file spoil are complete as they were written."""
+    assert whole(lines)
+
+
+@given(st.data())
+def test_log_cut_at_any_byte_is_told_as_incomplete(lines: list[bytes], data: st.DataObject) -> None:
     """A log that is cut at any byte is read to its end, and does not pass as complete."""
-    assert not whole(LOG[:end])
+    log = b"".join(lines)
+    end = data.draw(st.integers(0, len(log) - 1))
+    assert not whole(log[:end].splitlines(keepends=True))
 
 
-@given(st.integers(0, len(LINES) - 1))
-def test_log_without_any_one_line_is_told_as_incomplete(number: int) -> None:
+@given(st.data())
+def test_log_that_lacks_any_line_is_told_as_incomplete(
+    lines: list[bytes], data: st.DataObject
+) -> None:
     """A log that lacks any one of its lines does not pass as complete."""
-    assert not whole(b"".join(LINES[:number] + LINES[number + 1 :]))
+    number = data.draw(st.integers(0, len(lines) - 1))
+    assert not whole(lines[:number] + lines[number + 1 :])
 
 
-@given(st.integers(0, len(LINES) - 1), st.integers(0, len(LINES)))
-def test_log_with_any_line_doubled_is_told_as_incomplete(number: int, place: int) -> None:
+@given(st.data())
+def test_log_with_any_line_doubled_is_told_as_incomplete(
+    lines: list[bytes], data: st.DataObject
+) -> None:
     """A log in which any line stands a second time, anywhere, does not pass as complete."""
-    assert not whole(b"".join([*LINES[:place], LINES[number], *LINES[place:]]))
+    doubled = data.draw(st.sampled_from(lines))
+    place = data.draw(st.integers(0, len(lines)))
+    assert not whole([*lines[:place], doubled, *lines[place:]])
 
 
-@given(st.permutations(LINES).filter(lambda lines: lines != LINES))
-def test_log_in_any_other_order_is_told_as_incomplete(lines: list[bytes]) -> None:
-    """A log whose lines stand in any other order does not pass as complete."""
-    assert not whole(b"".join(lines))
+@given(st.data())
+def test_log_with_any_line_elsewhere_is_told_as_incomplete(
+    lines: list[bytes], data: st.DataObject
+) -> None:
+    """A log in which any line stands in another place does not pass as complete."""
+    moved = data.draw(st.integers(0, len(lines) - 1))
+    rest = lines[:moved] + lines[moved + 1 :]
+    place = data.draw(st.integers(0, len(rest)).filter(lambda place: place != moved))
+    assert not whole([*rest[:place], lines[moved], *rest[place:]])
 
 
-@given(st.lists(st.binary(max_size=80), max_size=8), st.integers(0, len(LINES)))
-def test_bytes_of_any_kind_are_problems_and_spoil_no_event(junk: list[bytes], at: int) -> None:
+@given(junk=st.lists(st.binary(max_size=80), max_size=8), data=st.data())
+def test_bytes_of_any_kind_are_problems_and_spoil_no_event(
+    lines: list[bytes], junk: list[bytes], data: st.DataObject
+) -> None:
     """Whatever stands between the events, every event is read and nothing is raised."""
-    noise = b"".join(each.replace(b"\n", b" ") + b"\n" for each in junk)
-    data = b"".join(LINES[:at]) + noise + b"".join(LINES[at:])
-    lines = [each + b"\n" for each in data.split(b"\n")[:-1]]
-    assert sum(isinstance(item, Entry) for item in read(lines)) == len(LINES)
+    at = data.draw(st.integers(0, len(lines)))
+    noise = [each.replace(b"\n", b" ") + b"\n" for each in junk]
+    items = read([*lines[:at], *noise, *lines[at:]])
+    assert sum(isinstance(item, Entry) for item in items) == len(lines)
 
 
 @settings(max_examples=300)
-@given(
-    st.integers(0, len(LINES) - 1),
-    st.sampled_from(sorted({key for event in acted for key in event})),
-    json_values,
-)
-def test_event_with_any_value_under_any_key_is_judged(number: int, key: str, value: object) -> None:
+@given(value=json_values, data=st.data())
+def test_event_with_any_value_under_any_key_is_judged(
+    hires_events: list[dict[str, Any]], value: object, data: st.DataObject
+) -> None:
     """An event whose keys hold anything at all is an event or a problem, and never an exception."""
-    events = [*acted[:number], {**acted[number], key: value}, *acted[number + 1 :]]
+    number = data.draw(st.integers(0, len(hires_events) - 1))
+    key = data.draw(st.sampled_from(sorted(hires_events[number])))
+    events = list(hires_events)
+    events[number] = {**events[number], key: value}
     lines = [line(event) for event in events]
     verdict = audit(read(lines))
     assert len(list(courses(read(lines)))) == sum(engine.events for engine in verdict.engines)
 
 
-def test_lines_of_the_host_are_told_as_foreign_and_harm_nothing() -> None:
+def test_lines_of_the_host_are_told_as_foreign_and_harm_nothing(lines: list[bytes]) -> None:
     """A host's own JSON lines in the same file are told as foreign; the log stays complete."""
     host = b'{"level":"info","message":"listening on port 80"}\n'
-    verdict = audit(read([*LINES[:5], host, *LINES[5:]]))
+    verdict = audit(read([*lines[:5], host, *lines[5:]]))
     assert verdict.complete
     assert verdict.problems == [Problem(6, "foreign", "no event of a Holdfast engine")]
 
@@ -148,28 +167,33 @@ def test_event_is_written_though_a_value_has_no_text(tmp_path: Path) -> None:
     assert "dce9" in event["name"]
 
 
-def test_next_engine_begins_on_a_line_of_its_own(tmp_path: Path) -> None:
+def test_next_engine_begins_on_a_line_of_its_own(
+    hires_events: list[dict[str, Any]], tmp_path: Path
+) -> None:
     """The cut-off last line of a process that died does not swallow the next process's event."""
     path = tmp_path / "log.jsonl"
-    path.write_bytes(LOG[:-20])
+    path.write_bytes(b"".join(map(line, hires_events))[:-20])
     with JsonLines(path) as sink:
-        acting.failed_recompile(acting.Actor(sink, name="next"))
+        for event in hires_events:
+            sink({**event, "engine_id": "next"})
     verdict = audit(read(log_lines(path)))
     assert [engine.missing for engine in verdict.engines][1] == []
     assert verdict.problem_counts == {"broken": 1}
 
 
 @pytest.mark.slow
-def test_log_of_a_million_events_is_audited_in_bounded_memory(tmp_path: Path) -> None:
+def test_log_of_a_million_events_is_audited_in_bounded_memory(
+    crowd_log: Path, tmp_path: Path
+) -> None:
     """A million events are audited in under 300 MB, and found clean and complete."""
     path = tmp_path / "million.jsonl"
-    events: list[dict[str, Any]] = []
-    acting.ten_at_once(acting.Actor(lambda event: events.append(dict(event))))
+    events = events_of(crowd_log)
     names = [event["event"] for event in events]
     begin, end = [i for i, name in enumerate(names) if name == "request.started"][2:4]
+    repeated = range(1_000_000 // (end - begin) + 1)
     with path.open("wb") as file:
         seq = 0
-        for block in [events[:begin], *[events[begin:end]] * 50_000, events[-7:]]:
+        for block in (events[:begin], *(events[begin:end] for _ in repeated), events[end:]):
             for event in block:
                 seq += 1
                 file.write(line({**event, "seq": seq}))
