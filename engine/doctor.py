@@ -215,7 +215,8 @@ def _libraries(devices: list[Device]) -> Iterator[Finding]:
             f"torchvision {_version('torchvision')} does not fit torch {torch.__version__} and "
             "cannot be imported; engines hide it from transformers, and need it for nothing."
         )
-        yield Finding("note", what, f"pip install --force-reinstall torchvision {_CPU_INDEX}")
+        reinstall = f"pip install --force-reinstall --no-deps torchvision {_CPU_INDEX}"
+        yield Finding("note", what, reinstall)
     if getattr(sys, "frozen", False) or not sys.executable:
         what = "There is no Python interpreter beside this frozen application to export models."
         yield Finding("note", what, "Give engines folders of OpenVINO IR.")
