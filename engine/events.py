@@ -51,6 +51,7 @@ def _span(meaning: str, keys: tuple[str, ...], done: tuple[str, ...] = ()) -> di
 
 
 _SPANS = {
+    "download": _span("a model is fetched from the hub", ("source", "revision")),
     "export": _span("a model is converted to OpenVINO IR", ("source", "fingerprint"), ("bytes",)),
     "component.read": _span("a component's graph is read", ("component",), ("bytes",)),
     "component.fuse": _span(

@@ -15,6 +15,7 @@ from holdfast.engine.imports import heavy, quiet
 from holdfast.engine.schedulers import make_scheduler
 
 if TYPE_CHECKING:
+    from holdfast.engine.families import Geometry
     from holdfast.engine.source import ModelFolder
 
 
@@ -124,6 +125,24 @@ class Model:
         )
         raise InvalidRequest(msg)
 
+    def check_memory(self, geometry: Geometry, limit: int) -> None:
+        """
+        Make sure that a step at this geometry can be held in memory at all.
+
+        Raises:
+            InvalidRequest: It would take far more than `limit` bytes; the text has the figures.
+        """
+        pixels = (geometry.width // self.scale.factor) * (geometry.height // self.scale.factor)
+        rows = self.family.batch(geometry)
+        needed = rows * pixels * self.denoiser_width * _FLOAT_BYTES * _LIVE_ACTIVATIONS
+        if needed > limit:
+            msg = (
+                f"{geometry} was asked for; a step of that size would take about "
+                f"{needed / 2**30:.0f} GiB of working memory, but the memory budget is "
+                f"{limit / 2**30:.1f} GiB. Ask for a smaller image, or raise memory_budget."
+            )
+            raise InvalidRequest(msg)
+
     def _assemble(self) -> tempfile.TemporaryDirectory[str]:
         """Lay all parts' configurations side by side, as the pipeline classes read them."""
         assembled = tempfile.TemporaryDirectory(prefix="holdfast-", ignore_cleanup_errors=True)
@@ -137,3 +156,8 @@ class Model:
             if shared and (self.folder.path / name).is_dir():
                 shutil.copytree(self.folder.path / name, target / name)
         return assembled
+
+
+_FLOAT_BYTES = 4
+_LIVE_ACTIVATIONS = 40
+"""Feature maps of the first level's width that live at once, roughly, attention included."""

@@ -16,6 +16,7 @@ from holdfast.engine.errors import HoldfastError, InvalidRequest
 from holdfast.engine.families import VAE_DECODER, Geometry
 from holdfast.engine.hires import passes_of, run_request, settle_seeds
 from holdfast.engine.images import digest
+from holdfast.engine.imports import runtime
 from holdfast.engine.memory import resident_bytes
 from holdfast.engine.metadata import Provenance, infotext
 from holdfast.engine.passes import Prompts, cut_words, decode_array
@@ -82,6 +83,7 @@ class Service:
         """The compiled pipeline; finds (and where needed exports) the model the first time."""
         if self._opened is None:
             # OpenVINO comes in here, with the first thing that needs a model.
+            runtime()
             from holdfast.engine.pipeline import CompiledPipeline
 
             self._opened = CompiledPipeline(self.config, self._lifecycle, self._cache, self._emit)
@@ -116,12 +118,12 @@ class Service:
                 mode = self._lifecycle.mode
                 stage = None if mode is None else (mode, self._last_geometry())
                 return self.pipeline.plan_change(asked, stage)
-            return self._plan(passes_of(asked, settle_seeds(asked), self.config, self._model))
+            return self._plan(self._settle(asked, settle_seeds(asked)))
 
     def prepare(self, job: Job[Any], request: Request) -> Plan:
         """Compile everything that a request needs, and stop in the mode of its first pass."""
         with self._true_state(), self.pipeline.working_for(job):
-            passes = passes_of(request, settle_seeds(request), self.config, self._model)
+            passes = self._settle(request, settle_seeds(request))
             made = self._plan((*passes, passes[0]) if len(passes) > 1 else passes)
             self.pipeline.follow(made)
             self._geometry = passes[0].geometry
@@ -186,7 +188,7 @@ class Service:
         self, job: Job[Any], request: Request, seeds: tuple[int, ...], learned: dict[str, object]
     ) -> Result:
         began = time.perf_counter()
-        passes = passes_of(request, seeds, self.config, self._model)
+        passes = self._settle(request, seeds)
         learned |= {"width": passes[-1].width, "height": passes[-1].height}
         degradations = self._check_prompts(passes)
         made = self._plan(passes)
@@ -235,6 +237,12 @@ class Service:
     @property
     def _model(self) -> Model:
         return self.pipeline.model
+
+    def _settle(self, request: Request, seeds: tuple[int, ...]) -> tuple[PassSpec, ...]:
+        passes = passes_of(request, seeds, self.config, self._model)
+        for each in passes:
+            self._model.check_memory(each.geometry, self.pipeline.budget)
+        return passes
 
     def _plan(self, passes: tuple[PassSpec, ...]) -> Plan:
         return self.pipeline.plan(
