@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from holdfast.engine.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     import openvino as ov
 
@@ -16,6 +16,28 @@ if TYPE_CHECKING:
 PRECISION = "INFERENCE_PRECISION_HINT"
 _VIRTUAL = ("AUTO", "HETERO", "MULTI", "BATCH")
 _CAPABILITIES = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
+
+
+def is_physical(device: str) -> bool:
+    """Tell whether `device` is hardware, and none of OpenVINO's ways to choose among hardware."""
+    return device.partition(":")[0] not in _VIRTUAL
+
+
+def check_components(config: EngineConfig, components: Collection[str]) -> None:
+    """
+    Make sure that each device is asked for a component that there is.
+
+    Raises:
+        InvalidRequest: One is not; the text lists those that there are.
+    """
+    asked = config.device if isinstance(config.device, dict) else {}
+    unknown = sorted(set(asked).difference(components))
+    if unknown:
+        msg = (
+            f"A device was asked for {', '.join(unknown)}, but this model has no such component; "
+            f"it has {', '.join(components)}. Correct the name."
+        )
+        raise InvalidRequest(msg)
 
 
 def physical_devices(core: ov.Core, device: str) -> tuple[str, ...]:
@@ -27,7 +49,7 @@ def physical_devices(core: ov.Core, device: str) -> tuple[str, ...]:
     """
     available = tuple(core.available_devices)
     name, _, rest = device.partition(":")
-    if name not in _VIRTUAL:
+    if is_physical(device):
         wanted: tuple[str, ...] = (name.partition("(")[0],)
     else:
         parts = (part.partition("(")[0].strip() for part in rest.split(","))
@@ -87,7 +109,7 @@ def wants_static_shapes(config: EngineConfig, denoiser: str, core: ov.Core) -> b
 
 def _default_precision(core: ov.Core, device: str) -> str:
     default: ov.Type = core.get_property(device, PRECISION)
-    return default.to_string()
+    return str(default.to_string())
 
 
 def _text(value: object) -> str:

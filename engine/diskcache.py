@@ -64,13 +64,7 @@ class DiskCache:
         head = len(_MAGIC) + _DIGEST_BYTES
         data = content[head:]
         if content[:head] != _MAGIC + _blob_digest(key, data):
-            path.unlink(missing_ok=True)
-            self._emit(
-                "cache.discarded",
-                level="warning",
-                entry=path.name,
-                why="not the blob that was written under this key, or damaged",
-            )
+            self.drop_blob(key, "not the blob that was written under this key, or damaged")
             return None
         os.utime(path)
         return data
@@ -79,6 +73,12 @@ class DiskCache:
         """Store a compiled blob under the digest of its component key, then `prune`."""
         write_atomically(self.blobs / f"{key}.blob", _MAGIC + _blob_digest(key, data) + data)
         self.prune()
+
+    def drop_blob(self, key: str, why: str) -> None:
+        """Throw a blob away that is of no use, and log why."""
+        path = self.blobs / f"{key}.blob"
+        path.unlink(missing_ok=True)
+        self._emit("cache.discarded", level="warning", entry=path.name, why=why)
 
     @contextlib.contextmanager
     def hold(self, entry: Path) -> Iterator[None]:

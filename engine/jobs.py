@@ -8,13 +8,12 @@ import datetime as dt
 import secrets
 import threading
 import time
-import traceback
 from concurrent.futures import Future
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
-from holdfast.engine.errors import Cancelled, HoldfastError
+from holdfast.engine.errors import Cancelled, HoldfastError, let_go
 from holdfast.engine.progress import Course, Progress
 
 if TYPE_CHECKING:
@@ -306,7 +305,7 @@ class Job(Generic[T]):
         if error is None:
             self._future.set_result(result)  # type: ignore[arg-type]  # no error: a T, which may be None
             return
-        _let_go(error)
+        let_go(error)
         self._future.set_exception(error)
 
     def limit(self, seconds: float) -> None:
@@ -343,15 +342,3 @@ class Job(Generic[T]):
                 kept=kept,
             )
         return self._stopped
-
-
-def _let_go(error: BaseException) -> None:
-    """Empty the frames behind an error: they would keep compiled models alive with the job."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        one = pending.pop()
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            traceback.clear_frames(one.__traceback__)
-            pending += (one.__cause__, one.__context__)

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from holdfast.engine.families import Family, Geometry, Scale
     from holdfast.states import Mode
@@ -22,13 +22,13 @@ class LoraUse:
     One LoRA in force.
 
     Attributes:
-        name: As logs show it.
+        name: As logs show it; two uses are equal whatever they are called.
         digest: Of the file's content, so that a renamed copy is the same LoRA.
         weight: Factor on its change of the weights.
         components: Names of the components that it changes.
     """
 
-    name: str
+    name: str = field(compare=False)
     digest: str
     weight: float
     components: frozenset[str]
@@ -68,35 +68,26 @@ class ComponentKey:
     @cached_property
     def digest(self) -> str:
         """Sixteen hexadecimal digits that stand for the key in logs and file names."""
-        parts = [f"{use.digest}@{use.weight!r}" for use in self.lora]
-        facts = (*self._plain().values(), parts, self.properties)
+        loras = [f"{use.digest}@{use.weight!r}" for use in self.lora]
+        plain = [getattr(self, each.name) for each in fields(self) if each.name != "lora"]
+        facts = (*plain, loras)
         return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
 
     def changes_from(self, old: ComponentKey) -> tuple[str, ...]:
         """Return each field that differs, as ``"field: old -> new"``."""
-        changes = []
-        for name, before, after in (
-            *((name, value, self._plain()[name]) for name, value in old._plain().items()),
-            ("lora", _listed(old.lora), _listed(self.lora)),
-            ("properties", _listed(old.properties), _listed(self.properties)),
-        ):
-            if before != after:
-                changes.append(f"{name}: {before} -> {after}")
-        return tuple(changes)
-
-    def _plain(self) -> dict[str, str]:
-        composite = ("lora", "properties")
-        return {
-            each.name: getattr(self, each.name)
-            for each in fields(self)
-            if each.name not in composite
-        }
+        names = [each.name for each in fields(self)]
+        pairs = [(name, getattr(old, name), getattr(self, name)) for name in names]
+        return tuple(
+            f"{name}: {_shown(before)} -> {_shown(after)}"
+            for name, before, after in pairs
+            if before != after
+        )
 
 
-def _listed(values: Iterable[object]) -> str:
-    texts = (
-        "=".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values
-    )
+def _shown(value: str | tuple[object, ...]) -> str:
+    if isinstance(value, str):
+        return value
+    texts = ("=".join(map(str, each)) if isinstance(each, tuple) else str(each) for each in value)
     return "+".join(texts) or "none"
 
 

@@ -13,19 +13,22 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from holdfast.engine.components import ComponentStore
-from holdfast.engine.devices import effective_properties, wants_static_shapes
-from holdfast.engine.errors import CompileError, GenerationError, InvalidRequest
-from holdfast.engine.keys import ComponentKey, LoraUse, Setup, keys_for
-from holdfast.engine.lora import read_lora
+from holdfast.engine.errors import (
+    CompileError,
+    GenerationError,
+    HoldfastError,
+    InvalidRequest,
+    let_go,
+)
+from holdfast.engine.keys import keys_for
 from holdfast.engine.memory import resident_bytes
-from holdfast.engine.model import Model
-from holdfast.engine.plan import Move, Plan, Stage, Standing, Step, plan
-from holdfast.engine.source import resolve
+from holdfast.engine.plan import Move, Plan, Stage, Standing, Step, plan, plan_again
+from holdfast.engine.settings import Resolver
 from holdfast.engine.views import View, check_view, make_view
 from holdfast.states import Lifecycle, Trigger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from holdfast.engine.config import EngineConfig
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
     from holdfast.engine.events import Emitter
     from holdfast.engine.families import Geometry
     from holdfast.engine.jobs import Job
+    from holdfast.engine.keys import ComponentKey
+    from holdfast.engine.model import Model
+    from holdfast.engine.plan import Action
     from holdfast.engine.requests import Lora
     from holdfast.states import Mode
 
@@ -46,7 +52,7 @@ class CompiledPipeline:
     Args:
         config: What it is set to.
         lifecycle: Its state.
-        cache: Exports and learned costs.
+        cache: Exports, compiled blobs and learned costs.
         emit: Where events go.
     """
 
@@ -54,14 +60,23 @@ class CompiledPipeline:
         self, config: EngineConfig, lifecycle: Lifecycle, cache: DiskCache, emit: Emitter
     ) -> None:
         self.lifecycle = lifecycle
-        self._cache = cache
         self._emit = emit
-        self.store = ComponentStore(emit, cache.costs, self._checkpoint)
+        self.store = ComponentStore(emit, cache, self._checkpoint)
         self._views: dict[Mode, View] = {}
         self._job: Job[Any] | None = None
-        self._found: tuple[tuple[object, object], Model] | None = None
-        self.config = config
-        self.model, self.setup = self._resolve(config)
+        self._resolver = Resolver(self.store.compiler, cache.root, emit)
+        self._settings = self._resolver.settings(config)
+        self.store.compiler.keeps_blobs = config.compiled_cache
+
+    @property
+    def config(self) -> EngineConfig:
+        """What it is set to."""
+        return self._settings.config
+
+    @property
+    def model(self) -> Model:
+        """The model in force."""
+        return self._settings.model
 
     @property
     def budget(self) -> int:
@@ -74,7 +89,7 @@ class CompiledPipeline:
             mode=self.lifecycle.mode,
             service={name: part.key for name, part in self.store.service.items()},
             held=self.store.held,
-            graphs=self.store.graphs,
+            graphs=self.store.compiler.graphs,
             budget=self.budget,
             policy=self.config.policy,
         )
@@ -91,24 +106,25 @@ class CompiledPipeline:
         Raises:
             LoraError: A LoRA file is refused.
         """
-        setup = self.setup
+        setup = self._settings.setup
         if loras is not None:
-            setup = setup.with_loras(self._read_loras(loras, self.model))
+            setup = setup.with_loras(self._resolver.identify(loras, self.model))
         keys = keys_for(self.model.family, setup, mode, geometry, self.model.scale)
         return Stage(mode, keys)
 
     def plan(self, stages: Sequence[Stage]) -> Plan:
         """Decide what serving these stages takes. No side effect."""
-        return plan(self.standing(), stages, self.store.price)
+        return plan(self.standing(), stages, self.store.compiler.price)
 
     @contextlib.contextmanager
     def working_for(self, job: Job[Any]) -> Iterator[None]:
-        """Let `job` stop native calls made inside."""
+        """Let `job` stop native calls made inside, and let go of what only it needed."""
         self._job = job
         try:
             yield
         finally:
             self._job = None
+            self.store.compiler.loras.clear()
 
     def carry_out(self, move: Move) -> None:
         """
@@ -120,19 +136,21 @@ class CompiledPipeline:
                 is it ``unloaded``.
             Cancelled: The job was cancelled between two native calls. The same holds.
         """
+        before = {name: part.key for name, part in self.store.service.items()}
         if any(step.action == "evict" for step in move.steps):
             self._views.clear()  # they would keep the evicted components in memory
         if move.action == "recompile":
-            self._recompile(move)
-        else:
-            self.store.serve(move, self.store.stage(move))
-            if move.action == "load":
-                self._fire(Trigger.load(move.mode), move.reason)
-            elif move.action == "switch":
-                self._fire(Trigger.switch(move.mode), move.reason)
+            policy = "evict_first" if move.evicts_first else "stage_first"
+            self._fire(Trigger.RECOMPILE, move.reason)
+            self._emit("recompile.policy", policy=policy, why=self.config.policy)
+        try:
+            self.store.serve(move.service, self.store.stage(move))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is undone and goes on
+            self._roll_back(move, before, error)
+            raise _told(error, move) from error.__cause__
         if move.action != "reuse":
+            self._fire(_TRIGGERS[move.action](move.mode), move.reason)
             self.store.done.append(Step(move.action, str(move.mode)))
-        self.store.touch()
 
     def view(self, mode: Mode) -> View:
         """Return the pipeline of `mode` on the components in service, built anew where needed."""
@@ -170,12 +188,11 @@ class CompiledPipeline:
             config: The other settings.
             stage_like: Mode in service and the last geometry; None while unloaded.
         """
-        before = (self.config, self.model, self.setup)
-        self.config, (self.model, self.setup) = config, self._resolve(config)
+        before, self._settings = self._settings, self._resolver.settings(config)
         try:
-            return self.plan([] if stage_like is None else [self.stage(*stage_like)])
+            return self._plan_for(stage_like)
         finally:
-            self.config, self.model, self.setup = before
+            self._settings = before
 
     def configure(self, config: EngineConfig, stage_like: StageLike | None) -> Plan:
         """
@@ -193,15 +210,18 @@ class CompiledPipeline:
             InvalidRequest: The device does not exist, or the budget is too small. The same.
             CompileError: See `carry_out`. The settings are the ones from before.
         """
-        made = self.plan_change(config, stage_like)
-        before = (self.config, self.model, self.setup)
-        self.config, (self.model, self.setup) = config, self._resolve(config)
+        before, self._settings = self._settings, self._resolver.settings(config)
         try:
+            made = self._plan_for(stage_like)
             self.follow(made)
         except BaseException:
-            self.config, self.model, self.setup = before
+            self._settings = before
             raise
-        self.store.forget(frozenset(self.setup.sources.values()))
+        self.store.compiler.keeps_blobs = config.compiled_cache
+        if config.model != before.config.model:
+            self._views.clear()
+            sources = frozenset(self._settings.setup.sources.values())
+            self.store.forget(sources, "its model was replaced")
         return made
 
     def follow(self, made: Plan) -> None:
@@ -229,13 +249,7 @@ class CompiledPipeline:
         mode = self.lifecycle.mode
         if mode is None:
             self._fire(Trigger.RECOMPILE, "asked for")  # which the chart refuses, and the log tells
-        keys = {name: part.key for name, part in self.store.service.items()}
-        steps = tuple(
-            Step("compile", name, key.digest, "asked for", self.store.price("compile", key))
-            for name, key in keys.items()
-        )
-        move = Move("recompile", mode, keys, steps, "asked for")
-        made = Plan(((move,),), sum(self.store.held.values()), None)
+        made = plan_again(self.standing(), self.store.compiler.price)
         self.follow(made)
         return made
 
@@ -266,8 +280,8 @@ class CompiledPipeline:
         if not made.fits:
             msg = (
                 f"This needs {made.peak_bytes / 2**20:.0f} MiB of compiled components at once, but "
-                f"the memory budget is {self.budget / 2**20:.0f} MiB. Raise memory_budget, or use "
-                "precision='bf16' or 'int8-weights', or policy='auto'."
+                f"the memory budget is {(made.budget or 0) / 2**20:.0f} MiB. Raise memory_budget, "
+                "or use precision='bf16' or 'int8-weights', or policy='auto'."
             )
             raise InvalidRequest(msg)
 
@@ -279,71 +293,31 @@ class CompiledPipeline:
         if planned != done:
             self._emit("plan.missed", planned=planned, done=done)
 
-    def _recompile(self, move: Move) -> None:
-        before = {name: part.key for name, part in self.store.service.items()}
-        policy = "evict_first" if move.evicts_first else "stage_first"
-        self._fire(Trigger.RECOMPILE, move.reason)
-        self._emit("recompile.policy", policy=policy, why=self.config.policy)
-        try:
-            staged = self.store.stage(move)
-        except BaseException as error:
-            self._roll_back(before, error)
-            raise
-        self.store.serve(move, staged)
-        self._fire(Trigger.RECOMPILED, move.reason)
+    def _plan_for(self, stage_like: StageLike | None) -> Plan:
+        return self.plan([] if stage_like is None else [self.stage(*stage_like)])
 
-    def _roll_back(self, before: dict[str, ComponentKey], error: BaseException) -> None:
+    def _roll_back(
+        self, move: Move, before: Mapping[str, ComponentKey], error: BaseException
+    ) -> None:
         job, self._job = self._job, None  # a cancelled job must not stop its own rolling back
         try:
             self.store.restore(before)
-        except CompileError as second:
+        except HoldfastError as second:
+            let_go(second)
             self._views.clear()
             self.store.release("nothing could be kept")
             self._fire(Trigger.RECOMPILE_ABANDONED, str(second))
             msg = (
                 f"{error} The components from before had been given up first, and compiling them "
-                f"again failed too ({second}): the engine is unloaded. Load it again once the "
-                "cause is gone."
+                f"again failed too ({second}). Nothing is in service any more: the engine is "
+                "unloaded. Load it again once the cause is gone."
             )
-            raise CompileError(msg, component=second.component, key=second.key) from error
+            component, key = _blamed(second, move)
+            raise CompileError(msg, component=component, key=key) from error
         finally:
             self._job = job
-        self._fire(Trigger.RECOMPILE_ROLLED_BACK, f"{type(error).__name__}: {error}")
-
-    def _resolve(self, config: EngineConfig) -> tuple[Model, Setup]:
-        model = self._find_model(config)
-        core, names = self.store.core, model.family.all_components
-        int8 = config.precision.startswith("int8")
-        setup = Setup(
-            sources={name: model.source(name) for name in names},
-            devices={name: config.device_of(name) for name in names},
-            properties={name: effective_properties(config, name, core) for name in names},
-            quantization=config.precision if int8 else "none",
-            static=wants_static_shapes(config, model.family.denoiser, core),
-            loras=self._read_loras(config.lora, model),
-            openvino=self.store.openvino_version,
-        )
-        for name in names:
-            self.store.know_source(
-                model.source(name), model.file(name), probe_side=model.probe_side(name)
-            )
-        return model, setup
-
-    def _find_model(self, config: EngineConfig) -> Model:
-        named = (config.model, config.vae)
-        if self._found is None or self._found[0] != named:
-            folder = resolve(config.model, self._cache.root, self._emit)
-            vae = None if config.vae is None else resolve(config.vae, self._cache.root, self._emit)
-            self._found = (named, Model(folder, vae))
-        return self._found[1]
-
-    def _read_loras(self, loras: tuple[Lora, ...], model: Model) -> tuple[LoraUse, ...]:
-        uses = []
-        for lora in loras:
-            file = read_lora(lora.path, model.family.name)
-            self.store.know_lora(file)
-            uses.append(LoraUse(file.name, file.digest, lora.weight, frozenset(file.layers)))
-        return tuple(sorted(uses, key=lambda use: (use.digest, use.weight)))
+        if move.action == "recompile":
+            self._fire(Trigger.RECOMPILE_ROLLED_BACK, f"{type(error).__name__}: {error}")
 
     def _fire(self, trigger: Trigger, reason: str) -> None:
         self.lifecycle.fire(trigger, reason=reason, rss_bytes=resident_bytes())
@@ -358,3 +332,37 @@ class CompiledPipeline:
         if self._job is None:
             return contextlib.nullcontext()
         return self._job.interruptible(phase, interrupt)
+
+
+_TRIGGERS: Mapping[Action, Callable[[Mode], Trigger]] = {
+    "load": Trigger.load,
+    "switch": Trigger.switch,
+    "recompile": lambda _: Trigger.RECOMPILED,
+}
+
+
+def _told(error: BaseException, move: Move) -> BaseException:
+    """Return a failed move's error as the host gets it: it says what is in service."""
+    ours = isinstance(error, HoldfastError) and not isinstance(error, CompileError)
+    if ours or not isinstance(error, Exception):
+        return error
+    if move.action == "load":
+        now = "Nothing is in service; load again once the cause is gone."
+    elif move.evicts_first:
+        now = (
+            "What served before had been given up, was compiled again and is in service. Change "
+            "the setting back, or see `holdfast doctor`."
+        )
+    else:
+        now = "What served before still does. Change the setting back, or see `holdfast doctor`."
+    component, key = _blamed(error, move)
+    text = str(error) if isinstance(error, CompileError) else f"{type(error).__name__}: {error}."
+    return CompileError(f"{text} {now}", component=component, key=key)
+
+
+def _blamed(error: BaseException, move: Move) -> tuple[str, str]:
+    """Return the component and key that an error names, or else those that were being made."""
+    if isinstance(error, CompileError):
+        return error.component, error.key
+    made = [step for step in move.steps if step.action == "compile"] or move.steps
+    return ", ".join(step.subject for step in made), ", ".join(step.key for step in made)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from holdfast.engine.config import Policy
     from holdfast.engine.keys import ComponentKey
@@ -185,7 +185,9 @@ class Plan:
 _TIMED = ("read", "fuse", "compile")
 _EVICT_FIRST = "evict_first was asked for"
 _NO_ROOM = "the memory budget cannot hold old and new"
+_BUDGET = "memory budget"
 _OLD_FIRST = (_EVICT_FIRST, _NO_ROOM)
+_AGAIN = "asked for"
 
 
 def _seconds(value: float | None) -> str:
@@ -193,7 +195,7 @@ def _seconds(value: float | None) -> str:
 
 
 def plan(
-    now: Standing, stages: Iterable[Stage], price: Callable[[Action, ComponentKey], Cost]
+    now: Standing, stages: Sequence[Stage], price: Callable[[Action, ComponentKey], Cost]
 ) -> Plan:
     """
     Decide what to do so that each stage can be served in turn.
@@ -204,8 +206,25 @@ def plan(
         price: What an action on a component takes; `Cost.bytes` of a compile must be exact.
     """
     walk = _Walk(now, price)
-    moves = tuple(tuple(walk.to(stage)) for stage in stages)
+    needs = [frozenset(stage.keys.values()) for stage in stages]
+    moves = tuple(
+        tuple(walk.to(stage, frozenset().union(*needs[number:])))
+        for number, stage in enumerate(stages)
+    )
     return Plan(moves, walk.peak, now.budget)
+
+
+def plan_again(now: Standing, price: Callable[[Action, ComponentKey], Cost]) -> Plan:
+    """
+    Decide how everything that serves is compiled anew, though nothing has changed.
+
+    Args:
+        now: Where the engine stands; a mode must be in service.
+        price: As for `plan`.
+    """
+    walk = _Walk(now, price)
+    move = walk.again()
+    return Plan(((move,),), walk.peak, now.budget)
 
 
 class _Walk:
@@ -221,37 +240,61 @@ class _Walk:
         self._price = price
         self.peak = 0
 
-    def to(self, stage: Stage) -> Iterator[Move]:
+    def to(self, stage: Stage, wanted: frozenset[ComponentKey]) -> Iterator[Move]:
+        """Yield the moves to a stage; `wanted` is what it and the ones after it need."""
         if self._mode is None:
-            yield self._move("load", stage.mode, stage.keys, f"mode: none -> {stage.mode}")
+            yield self._move("load", stage.mode, stage.keys, wanted, f"mode: none -> {stage.mode}")
         elif self._mode is not stage.mode:
             kept = {name: self._service.get(name, key) for name, key in stage.keys.items()}
             reason = f"mode: {self._mode} -> {stage.mode}"
-            yield self._move("switch", stage.mode, kept, reason)
+            yield self._move("switch", stage.mode, kept, wanted, reason)
         if self._service != stage.keys:
             compiles = any(key not in self._held for key in stage.keys.values())
+            action: Action = "recompile" if compiles else "reuse"
             changes = [
                 change
                 for name, key in stage.keys.items()
                 for change in key.changes_from(self._service[name])
             ]
             reason = ", ".join(dict.fromkeys(changes))
-            action: Action = "recompile" if compiles else "reuse"
-            yield self._move(action, stage.mode, stage.keys, reason)
-        for key in stage.keys.values():
-            self._held[key] = self._held.pop(key)
+            yield self._move(action, stage.mode, stage.keys, wanted, reason)
+        elif self._over(0):
+            yield self._move("reuse", stage.mode, stage.keys, wanted, _BUDGET)
+
+    def again(self) -> Move:
+        if self._mode is None:
+            raise ValueError("nothing is in service that could be compiled again")
+        keys = list(self._service.values())
+        steps = [*self._read(keys), *self._make_room(keys, frozenset(), frozenset())]
+        others = sum(self._held.values())
+        for key in keys:
+            steps += self._compile(key, _AGAIN)
+        self.peak = others + sum(self._held[key] for key in keys)
+        return Move("recompile", self._mode, dict(self._service), tuple(steps), _AGAIN)
 
     def _move(
-        self, action: Action, mode: Mode, service: Mapping[str, ComponentKey], reason: str
+        self,
+        action: Action,
+        mode: Mode,
+        service: Mapping[str, ComponentKey],
+        wanted: frozenset[ComponentKey],
+        reason: str,
     ) -> Move:
-        wanted = {name: key for name, key in service.items() if self._service.get(name) != key}
-        missing = [key for key in wanted.values() if key not in self._held]
-        steps = [*self._read(missing), *self._make_room(missing, wanted)]
-        for name, key in wanted.items():
+        fresh = {name: key for name, key in service.items() if self._service.get(name) != key}
+        missing = [key for key in fresh.values() if key not in self._held]
+        kept = frozenset(service.values()).difference(missing)
+        steps = [*self._read(missing), *self._make_room(missing, wanted, kept)]
+        for name, key in fresh.items():
             old = self._service.get(name)
             why = f"{mode} needs it" if old is None else ", ".join(key.changes_from(old))
-            steps += self._provide(key, why)
+            if key in missing:
+                steps += self._compile(key, why)
+            else:
+                steps.append(self._step("reuse", key, why, Cost()))
         self._mode, self._service = mode, dict(service)
+        for key in service.values():
+            self._held[key] = self._held.pop(key)
+        self.peak = max(self.peak, sum(self._held.values()))
         return Move(action, mode, dict(service), tuple(steps), reason)
 
     def _read(self, missing: Iterable[ComponentKey]) -> Iterator[Step]:
@@ -262,23 +305,31 @@ class _Walk:
                 yield self._step("read", key, "not read yet", self._price("read", key))
 
     def _make_room(
-        self, missing: list[ComponentKey], wanted: Mapping[str, ComponentKey]
+        self,
+        missing: Sequence[ComponentKey],
+        wanted: frozenset[ComponentKey],
+        kept: frozenset[ComponentKey],
     ) -> Iterator[Step]:
-        """Evict the least recently used until the missing fit; what serves goes last."""
+        """
+        Evict the least recently used until the missing fit.
+
+        What serves until one of the missing replaces it goes after what is idle; what is `wanted`
+        again later goes last, and what is `kept` in service not at all.
+        """
         needed = sum(self._price("compile", key).bytes for key in missing)
         serving = set(self._service.values())
-        idle = [k for k in self._held if k not in serving and k not in wanted.values()]
-        old = [self._service[key.component] for key in missing if key.component in self._service]
+        replaced = [self._service[k.component] for k in missing if k.component in self._service]
+        later = wanted.difference(missing)
         if self._policy == "evict_first":
-            for key in old:
-                yield self._evict(key, _EVICT_FIRST)
-        for key in idle:
+            for key in replaced:
+                if key not in later:
+                    yield self._evict(key, _EVICT_FIRST)
+        spare = [(key, _BUDGET) for key in self._held if key not in serving | kept]
+        if self._policy != "stage_first":
+            spare += [(key, _NO_ROOM) for key in replaced if key in self._held]
+        for key, why in sorted(spare, key=lambda each: each[0] in later):
             if self._over(needed):
-                yield self._evict(key, "memory budget")
-        if self._policy == "auto":
-            for key in old:
-                if self._over(needed):
-                    yield self._evict(key, _NO_ROOM)
+                yield self._evict(key, why)
 
     def _over(self, needed: int) -> bool:
         return self._budget is not None and sum(self._held.values()) + needed > self._budget
@@ -286,15 +337,11 @@ class _Walk:
     def _evict(self, key: ComponentKey, reason: str) -> Step:
         return self._step("evict", key, reason, Cost(bytes=self._held.pop(key)))
 
-    def _provide(self, key: ComponentKey, reason: str) -> Iterator[Step]:
-        if key in self._held:
-            yield self._step("reuse", key, reason, Cost())
-            return
+    def _compile(self, key: ComponentKey, reason: str) -> Iterator[Step]:
         if key.lora:
             yield self._step("fuse", key, reason, self._price("fuse", key))
         cost = self._price("compile", key)
         self._held[key] = cost.bytes
-        self.peak = max(self.peak, sum(self._held.values()))
         yield self._step("compile", key, reason, cost)
 
     def _step(self, action: Action, key: ComponentKey, reason: str, cost: Cost) -> Step:
