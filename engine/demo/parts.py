@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from holdfast.engine.imports import heavy
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
+
+    import torch
 
 PROMPT_TOKENS = 32
 LATENT_SIDE = 16
@@ -108,18 +111,18 @@ def text_encoder(tokens: Any) -> Any:
 
 
 def unet() -> Any:
-    """Build the UNet: convolutions at 16 x 16 latents, attention to the prompt at both levels."""
+    """Build the UNet: convolutions at 16 x 16 latents, attention to the prompt at 8 x 8."""
     heavy()
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=LATENT_SIDE,
-        block_out_channels=(64, 128),
+        block_out_channels=(48, 96),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=128,
-        attention_head_dim=(1, 4),
+        attention_head_dim=4,
         norm_num_groups=16,
     )
 
@@ -143,7 +146,7 @@ def scheduler() -> Any:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=0,
+        steps_offset=1,
     )
 
 
@@ -162,6 +165,35 @@ def pipeline(tokens: Any, text: Any, denoiser: Any, vae: Any) -> Any:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def two_threads() -> ThreadPoolExecutor:
+    """Open two threads whose torch operators keep to their own."""
+    import torch
+
+    torch.set_num_threads(1)
+    return ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def save_lora(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """
+    Write a LoRA of the UNet in both formats: outline.safetensors and outline_kohya.safetensors.
+
+    Args:
+        weights: By PEFT's names, without `unet.` before them.
+        folder: Where the files go.
+    """
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+    from safetensors.torch import save_file
+
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=convert_state_dict_to_diffusers(weights),
+        weight_name="outline.safetensors",
+    )
+    named = {f"unet.{name}": weight for name, weight in weights.items()}
+    save_file(convert_state_dict_to_kohya(named), folder / "outline_kohya.safetensors")
 
 
 def save(pipe: Any, folder: Path) -> None:

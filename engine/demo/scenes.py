@@ -30,7 +30,7 @@ COLOURS = MappingProxyType(
         "white": (248, 248, 248),
     }
 )
-SIZES = MappingProxyType({"small": (0.16, 0.19), "medium": (0.21, 0.24), "large": (0.28, 0.33)})
+SIZES = MappingProxyType({"small": (0.18, 0.21), "medium": (0.23, 0.26), "large": (0.29, 0.33)})
 POSITIONS = MappingProxyType(
     {
         "left": ("low", None),
@@ -81,7 +81,7 @@ WORDS = MappingProxyType(
     }
 )
 
-_OPENINGS = ("", "", "", "", "a picture of ", "a drawing of ", "an image of ")
+OPENINGS = ("", "", "", "", "a picture of ", "a drawing of ", "an image of ")
 _BACKGROUNDS = ("{} background", "{} background", "on {}", "on a {} background", "against {}")
 _HELD_OUT_IN = 10
 _MARGIN = 0.02
@@ -106,6 +106,7 @@ class Description:
     items: tuple[Item, ...]
     background: str | None
     relation: str | None = None
+    outlined: bool = False
 
     @property
     def held_out(self) -> bool:
@@ -145,13 +146,15 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
+def _happens(rng: np.random.Generator, chance: float) -> bool:
+    return bool(rng.random() < chance)
+
+
 def _maybe(rng: np.random.Generator, chance: float, options: tuple[str, ...]) -> str | None:
-    return _pick(rng, options) if rng.random() < chance else None
+    return _pick(rng, options) if _happens(rng, chance) else None
 
 
-def describe(
-    rng: np.random.Generator, *, figures: int = 1, held_out: bool = False
-) -> Description:
+def describe(rng: np.random.Generator, *, figures: int = 1, held_out: bool = False) -> Description:
     """
     Choose a description at random.
 
@@ -186,35 +189,35 @@ def phrase(description: Description, rng: np.random.Generator) -> str:
 
     def noun(item: Item) -> str:
         size = word(item.size) + " " if item.size else ""
-        order = rng.random()
-        if order < 0.08:
+        size = f"outlined {size}" if description.outlined else size
+        if _happens(rng, 0.08):
             return f"{size}{word(item.shape)} in {word(item.colour)}"
         return f"{size}{word(item.colour)} {word(item.shape)}"
 
     def with_article(text: str) -> str:
         return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
 
-    bare = rng.random() < 0.35
+    bare = _happens(rng, 0.35)
     nouns = [noun(item) if bare else with_article(noun(item)) for item in description.items]
     if len(nouns) > 1:
         relation = description.relation
         joint = "and"
         if relation:
-            joint = word(relation if relation in WORDS and relation in ("above", "below") else f"{relation} of")
+            joint = word(relation if relation in ("above", "below") else f"{relation} of")
         body = f"{nouns[0]} {joint} {nouns[1]}"
     else:
         position = description.items[0].position
         body = nouns[0]
         if position:
             said = word(position)
-            body = f"{said}, {body}" if rng.random() < 0.12 else f"{body} {said}"
+            body = f"{said}, {body}" if _happens(rng, 0.12) else f"{body} {said}"
     if description.background is None:
-        return _pick(rng, _OPENINGS) + body
+        return _pick(rng, OPENINGS) + body
     ground = _pick(rng, _BACKGROUNDS).format(word(description.background))
-    if rng.random() < 0.2:
+    if _happens(rng, 0.2):
         return f"{ground}, {body}"
     comma = "," if ground.endswith("background") and not ground.startswith("on") else ""
-    return f"{_pick(rng, _OPENINGS)}{body}{comma} {ground}"
+    return f"{_pick(rng, OPENINGS)}{body}{comma} {ground}"
 
 
 def place(description: Description, rng: np.random.Generator) -> Scene:
@@ -226,12 +229,7 @@ def place(description: Description, rng: np.random.Generator) -> Scene:
         figures = (_place_one(description.items[0], rng),)
     else:
         figures = _place_two(description, rng)
-    return Scene(figures, background)
-
-
-def outlined(scene: Scene) -> Scene:
-    """Give the same scene in the style of bare outlines."""
-    return replace(scene, outlined=True)
+    return Scene(figures, background, description.outlined)
 
 
 def _radius(size: str | None, rng: np.random.Generator) -> float:
@@ -258,7 +256,7 @@ def _place_two(description: Description, rng: np.random.Generator) -> tuple[Figu
     radii = [_radius(item.size, rng) for item in description.items]
     while sum(radii) > 0.5 - 1.5 * _MARGIN - 0.02:
         radii = [
-            radius if item.size == "small" else max(radius * 0.97, 0.15)
+            radius if item.size == "small" else radius * 0.97
             for radius, item in zip(radii, description.items, strict=True)
         ]
     if relation in ("right", "below"):
@@ -349,7 +347,8 @@ def _resolved(width: float, scale: int) -> float:
 
 def _shade(colour: Array) -> Array:
     """The darker tone of a colour; of black, a lighter one."""
-    return colour * 0.5 if colour.max() > 0.2 else colour + (1 - colour) * 0.4
+    dark = colour.max() < 0.2  # noqa: PLR2004 black alone
+    return colour + (1 - colour) * 0.4 if dark else colour * 0.5
 
 
 def draw(scene: Scene, width: int, height: int | None = None) -> Image.Image:
@@ -366,22 +365,30 @@ def draw(scene: Scene, width: int, height: int | None = None) -> Image.Image:
     """
     height = height or width
     scale = min(width, height)
-    down, across = np.mgrid[:height, :width]
-    x = (across + 0.5 - (width - scale) / 2) / scale
-    y = (down + 0.5 - (height - scale) / 2) / scale
-    picture = np.broadcast_to(np.array(COLOURS[scene.background]) / 255, (height, width, 3))
+    picture = np.empty((height, width, 3))
+    picture[:] = np.array(COLOURS[scene.background]) / 255
     detail = _resolved(_DETAIL, scale)
-    weave = (np.floor(x / _DETAIL) + np.floor(y / _DETAIL)) % 2 * 0.3 * detail
+    left, top = (width - scale) / 2, (height - scale) / 2
     for figure in scene.figures:
+        reach = 1.2 * figure.radius * scale + 2
+        column, row = left + figure.x * scale, top + figure.y * scale
+        columns = slice(max(0, int(column - reach)), int(column + reach) + 1)
+        rows = slice(max(0, int(row - reach)), int(row + reach) + 1)
+        patch = picture[rows, columns]
+        y = (np.arange(height)[rows, None] + 0.5 - top) / scale
+        x = (np.arange(width)[None, columns] + 0.5 - left) / scale
+        x, y = np.broadcast_arrays(x, y)
         unit = SHAPES[figure.shape]((x - figure.x) / figure.radius, (y - figure.y) / figure.radius)
         distance = unit * figure.radius
         colour = np.array(COLOURS[figure.colour]) / 255
         if scene.outlined:
             distance = abs(distance + _STROKE / 2) - _STROKE / 2
-            tone = np.broadcast_to(colour, picture.shape)
+            tone = np.broadcast_to(colour, patch.shape)
         else:
-            rim = np.clip((distance + _DETAIL) * scale + 0.5, 0, 1) * detail
-            tone = colour + (_shade(colour) - colour) * np.maximum(weave, rim)[..., None]
+            weave = (np.floor(x / _DETAIL) + np.floor(y / _DETAIL)) % 2 * 0.3
+            rim = np.clip((distance + _DETAIL) * scale + 0.5, 0, 1)
+            shaded = np.maximum(weave, rim)[..., None] * detail
+            tone = colour + (_shade(colour) - colour) * shaded
         cover = np.clip(0.5 - distance * scale, 0, 1)[..., None]
-        picture = picture * (1 - cover) + tone * cover
+        patch[:] = patch * (1 - cover) + tone * cover
     return Image.fromarray(np.uint8(np.round(picture * 255)), "RGB")

@@ -2,13 +2,13 @@
 The demo model's recipe: ``python -m holdfast.engine.demo.train``.
 
 Draws its own scenes, trains the VAE, then the text encoder and the UNet together, then the style
-LoRA, and writes all of it in diffusers' layout. Each stage goes on from its last checkpoint.
+LoRA, measures them, and writes all of it in diffusers' layout. Each stage goes on from its last
+checkpoint. Needs ``holdfast[train]``.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from holdfast.engine.demo import parts, scenes
+from holdfast.engine.demo import card, parts, scenes, stock
 from holdfast.engine.imports import heavy
 
 if TYPE_CHECKING:
@@ -24,98 +24,266 @@ if TYPE_CHECKING:
 
     import torch
 
+_LATENT_SPREAD = 1.5
+_OTHER_WORDS = (
+    "a an the and of on in at to with near against , . background outlined photo please draw"
+)
+_STYLED = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
 
 @dataclass(frozen=True)
 class Recipe:
     """How long and on how much each stage trains; `seed` fixes every choice in it."""
 
     seed: int = 0
-    vae_steps: int = 1_800
-    vae_batch: int = 24
-    base_scenes: int = 40_000
-    hires_scenes: int = 6_000
-    steps: int = 9_000
-    batch: int = 32
-    hires_batch: int = 6
-    hires_every: int = 5
-    lora_steps: int = 600
-    lora_rank: int = 8
+    vae_steps: int = 1_500
+    vae_batch: int = 16
+    vae_pictures: int = 5_000
+    small_scenes: int = 16_000
+    large_scenes: int = 2_400
+    steps: int = 6_000
+    small_batch: int = 24
+    large_batch: int = 6
+    large_every: int = 6
+    outlined: float = 0.04
+    style_scenes: int = 2_000
+    style_steps: int = 300
+    style_rank: int = 8
 
 
-def _batch(pictures: list[Any]) -> torch.Tensor:
-    import torch
+class Stage:
+    """
+    The steps of one stage: learning rate, gradients on two threads, checkpoints, losses told.
 
-    pixels = np.stack([np.asarray(picture) for picture in pictures])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    Two threads that meet once a step share busy cores far better than the threads of one operator,
+    which meet after every one. Two addends commute, so their sum stays reproducible.
+    """
+
+    def __init__(self, name: str, file: Path, steps: int, rate: float, model: Any) -> None:
+        import torch
+
+        self._name, self._file, self._steps, self._rate = name, file, steps, rate
+        learned = [each for each in model.parameters() if each.requires_grad]
+        self._optimiser = torch.optim.AdamW(
+            learned, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        )
+        self.average = torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+        )
+        self._model, self._learned, self._pool = model, learned, parts.two_threads()
+
+    def train(
+        self, batch: Callable[[int], tuple[torch.Tensor, ...]], loss: Callable[..., torch.Tensor]
+    ) -> Any:
+        """
+        Run the steps that are left.
+
+        Args:
+            batch: Makes the tensors of a step from its number.
+            loss: Makes their loss from them.
+
+        Returns:
+            The model, its weights averaged over the last steps (EMA).
+        """
+        import torch
+
+        losses: list[float] = []
+        for step in self._left():
+            self._optimiser.param_groups[0]["lr"] = self._rate * self._slope(step)
+            self._optimiser.zero_grad()
+            losses.append(self._backward(batch(step), loss))
+            torch.nn.utils.clip_grad_norm_(self._learned, 1.0)
+            self._optimiser.step()
+            self.average.update_parameters(self._model)
+            if len(losses) == 50:  # noqa: PLR2004 told every so often
+                _tell(f"{self._name} {step + 1}: loss {np.mean(losses):.4f}")
+                losses.clear()
+        return self.average.module.eval()
+
+    def _slope(self, step: int) -> float:
+        """Warm up over 100 steps, hold, and fall to nothing over the last third."""
+        return min(1.0, (step + 1) / 100, 3 * (self._steps - step) / self._steps)
+
+    def _backward(
+        self, batch: tuple[torch.Tensor, ...], loss: Callable[..., torch.Tensor]
+    ) -> float:
+        def half(which: int) -> float:
+            import torch
+
+            with torch.autocast("cpu", torch.bfloat16):
+                value = loss(*(part.chunk(2)[which] for part in batch)) / 2
+            value.backward()
+            return float(value.detach())
+
+        return sum(self._pool.map(half, (0, 1)))
+
+    def _left(self) -> Iterator[int]:
+        """Count the steps from the last checkpoint on, and write one after every 250."""
+        import torch
+
+        kept = {"model": self._model, "average": self.average, "optimiser": self._optimiser}
+        first = 0
+        if self._file.exists():
+            found = torch.load(self._file)
+            first = found["step"]
+            for name, part in kept.items():
+                part.load_state_dict(found[name])
+        for step in range(first, self._steps):
+            yield step
+            if (step + 1) % 250 == 0 or step + 1 == self._steps:
+                states = {name: part.state_dict() for name, part in kept.items()}
+                torch.save({"step": step + 1, **states}, self._file.with_suffix(".new"))
+                self._file.with_suffix(".new").replace(self._file)
 
 
-def _draw_for_vae(rng: np.random.Generator, count: int) -> Iterator[Any]:
-    """64 x 64 pictures: whole small scenes and cut-outs of large ones, both fills and outlines."""
-    for index in range(count):
-        scene = scenes.place(scenes.describe(rng, figures=1 + index % 2), rng)
-        if rng.random() < 0.2:
-            scene = scenes.outlined(scene)
-        if index % 2:
-            left, top = (4 * int(n) for n in rng.integers(0, 17, size=2))
-            yield scenes.draw(scene, 128).crop((left, top, left + 64, top + 64))
-        else:
-            yield scenes.draw(scene, 64)
+def _tell(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)  # noqa: T201 a command's output
 
 
 def train_vae(recipe: Recipe, work: Path) -> Any:
-    """
-    Train the VAE on L1 and a little KL, then freeze it.
-
-    Returns:
-        The VAE, with the scaling factor that gives latents a standard deviation of `_LATENT_STD`.
-    """
+    """Train the VAE on L1 and a little KL; its latents then have a deviation of 1.5."""
     import torch
 
     torch.manual_seed(recipe.seed)
-    rng = np.random.default_rng(recipe.seed)
+    drawn = stock.pictures(recipe.vae_pictures, recipe.seed, outlined=recipe.outlined)
+    pixels = stock.to_pixels(list(drawn))
     vae = parts.autoencoder()
-    done = work / "vae"
-    if done.exists():
-        return vae.from_pretrained(done).eval()
-    stock = _batch(list(_draw_for_vae(rng, 8_000)))
-    print(f"vae: {len(stock)} pictures drawn", flush=True)
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
-    started = time.monotonic()
-    for step in range(recipe.vae_steps):
-        for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * _warm_cosine(step, recipe.vae_steps, warm=50)
-        pixels = stock[rng.integers(len(stock), size=recipe.vae_batch)]
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(pixels).latent_dist
-            restored = vae.decode(posterior.sample()).sample
-        error = (restored.float() - pixels).abs().mean()
+
+    def batch(step: int) -> tuple[torch.Tensor, ...]:
+        rng = np.random.default_rng((recipe.seed, step))
+        return (pixels[rng.integers(len(pixels), size=recipe.vae_batch)],)
+
+    def loss(pixels: torch.Tensor) -> torch.Tensor:
+        posterior = vae.encode(pixels).latent_dist
+        restored = vae.decode(posterior.sample()).sample
         kl = posterior.kl().float().mean() / pixels[0].numel()
-        optimiser.zero_grad()
-        (error + 3e-3 * kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
-        if step % 100 == 0 or step == recipe.vae_steps - 1:
-            spent = time.monotonic() - started
-            print(f"vae {step}: l1 {error:.4f} kl {kl:.3f}, {spent:.0f} s", flush=True)
-    vae.eval()
+        return (restored.float() - pixels).abs().mean() + 3e-3 * kl
+
+    vae = Stage("vae", work / "vae.pt", recipe.vae_steps, 2e-3, vae).train(batch, loss)
     with torch.no_grad():
-        spread = vae.encode(stock[:512]).latent_dist.mean.std()
-    vae.register_to_config(scaling_factor=_LATENT_STD / float(spread))
-    vae.save_pretrained(done)
+        spread = vae.encode(pixels[:512]).latent_dist.mean.std()
+    vae.register_to_config(scaling_factor=_LATENT_SPREAD / float(spread))
     return vae
 
 
-_LATENT_STD = 1.5
+def _velocity_loss(text: Any, unet: Any) -> Callable[..., torch.Tensor]:
+    """
+    Build the v-prediction loss (Salimans & Ho 2022): v = sqrt(a) noise - sqrt(1 - a) x.
+
+    Figures weigh as much as the background, however small they are: shapes, not areas, are hard.
+    """
+    levels = parts.scheduler().alphas_cumprod
+
+    def loss(
+        tokens: torch.Tensor,
+        latents: torch.Tensor,
+        figures: torch.Tensor,
+        noise: torch.Tensor,
+        times: torch.Tensor,
+    ) -> torch.Tensor:
+        level = levels[times][:, None, None, None]
+        signal, spread = level.sqrt(), (1 - level).sqrt()
+        states = text(tokens).last_hidden_state
+        said = unet(signal * latents + spread * noise, times, states).sample
+        error = said.float() - (signal * noise - spread * latents)
+        share = figures.mean((1, 2, 3), keepdim=True).clamp(min=0.1)
+        return ((1 + figures / share) / 2 * error**2).mean()
+
+    return loss
 
 
-def _warm_cosine(step: int, steps: int, *, warm: int) -> float:
-    if step < warm:
-        return (step + 1) / warm
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+def train_denoiser(recipe: Recipe, work: Path, vae: Any, tokens: Any) -> tuple[Any, Any]:
+    """Train text encoder and UNet together on latents of both sizes."""
+    import torch
+    from diffusers.models.attention_processor import AttnProcessor
+
+    torch.manual_seed(recipe.seed)
+    seed, outlined = recipe.seed, recipe.outlined
+    small, large = (
+        stock.encode(vae, size, count, seed=seed + n, outlined=outlined, file=work / f"{size}.pt")
+        for n, size, count in (
+            (1, stock.SMALL, recipe.small_scenes),
+            (2, stock.LARGE, recipe.large_scenes),
+        )
+    )
+    _tell(f"{len(small.latents)} scenes encoded for the first pass, {len(large.latents)} more")
+    text, unet = parts.text_encoder(tokens), parts.unet()
+    unet.set_attn_processor(AttnProcessor())  # its backward is the faster one on a CPU
+
+    def batch(step: int) -> tuple[torch.Tensor, ...]:
+        rng = np.random.default_rng((seed, step))
+        if step % recipe.large_every == recipe.large_every - 1:
+            return large.batch(tokens, recipe.large_batch, rng)
+        return small.batch(tokens, recipe.small_batch, rng)
+
+    both = torch.nn.ModuleList([text, unet])
+    stage = Stage("unet", work / "denoiser.pt", recipe.steps, 1.2e-3, both)
+    text, unet = stage.train(batch, _velocity_loss(text, unet))
+    return text, unet
+
+
+def train_style(recipe: Recipe, work: Path, vae: Any, pipe: Any) -> dict[str, torch.Tensor]:
+    """
+    Train a LoRA of the style, bare outlines, on a copy of the pipeline's UNet.
+
+    Returns:
+        The LoRA in float16, by PEFT's names without `unet.` before them.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    torch.manual_seed(recipe.seed)
+    shown = stock.encode(
+        vae,
+        stock.SMALL,
+        recipe.style_scenes,
+        seed=recipe.seed + 3,
+        outlined=1.0,
+        file=work / "style.pt",
+    ).without_style()
+    unet = type(pipe.unet).from_config(pipe.unet.config)
+    unet.load_state_dict(pipe.unet.state_dict())
+    unet.requires_grad_(requires_grad=False)
+    rank = recipe.style_rank
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_STYLED))
+    pipe.text_encoder.requires_grad_(requires_grad=False)
+
+    def batch(step: int) -> tuple[torch.Tensor, ...]:
+        rng = np.random.default_rng((recipe.seed, step))
+        return shown.batch(pipe.tokenizer, recipe.small_batch, rng)
+
+    stage = Stage("style", work / "lora.pt", recipe.style_steps, 2e-3, unet)
+    styled = stage.train(batch, _velocity_loss(pipe.text_encoder, unet))
+    learned = get_peft_model_state_dict(styled)
+    return {name: weight.half().contiguous() for name, weight in learned.items()}
+
+
+def new_tokenizer() -> Any:
+    """Build the tokenizer for every word that a prompt of the grammar can hold."""
+    said = [way for ways in scenes.WORDS.values() for way in ways]
+    return parts.tokenizer(parts.words_in([*said, *scenes.OPENINGS, _OTHER_WORDS]))
+
+
+def main() -> None:
+    """Run what is left of every stage, then write model, LoRA in both formats, and card."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="what is made")
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="of the UNet")
+    arguments = parser.parse_args()
+    heavy()
+    out, recipe = arguments.out, Recipe(seed=arguments.seed, steps=arguments.steps)
+    work = out / "checkpoints"
+    work.mkdir(parents=True, exist_ok=True)
+    vae = train_vae(recipe, work)
+    tokens = new_tokenizer()
+    text, unet = train_denoiser(recipe, work, vae, tokens)
+    pipe = parts.pipeline(tokens, text, unet, vae)
+    lora = train_style(recipe, work, vae, pipe)
+    parts.save_lora(lora, out)
+    card.write(pipe, out, steps=recipe.steps, seed=recipe.seed)
+    parts.save(pipe, out / "model")
 
 
 if __name__ == "__main__":
-    heavy()
-    import sys
-
-    train_vae(Recipe(), Path(sys.argv[1]))
+    main()

@@ -1,0 +1,126 @@
+"""What the demo model trains on: pictures for the VAE, encoded scenes and batches for the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from holdfast.engine.demo import parts, scenes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    import torch
+
+SMALL, LARGE = 64, 128
+_TWO_FIGURES = 0.4
+_SILENT = 0.1  # prompts that say nothing, for classifier-free guidance
+_SECOND_PASS = 0.7  # of large batches, those that see only the noise that a second pass sees
+_LATEST, _LATEST_SECOND = 1000, 650
+_PLAIN = 0.05  # how far from the background, of 2, a pixel may be that shows no figure
+
+
+@dataclass(frozen=True)
+class Stock:
+    """
+    Encoded scenes of one size.
+
+    Attributes:
+        descriptions: What the scenes show.
+        latents: Scaled, float16, shape (count, 4, size / 4, size / 4).
+        figures: 1 where a cell or one beside it is not plain background, shape (count, 1, ...).
+    """
+
+    descriptions: list[scenes.Description]
+    latents: torch.Tensor
+    figures: torch.Tensor
+
+    def without_style(self) -> Stock:
+        """Return the same pictures under prompts that do not ask for outlines."""
+        plain = [replace(each, outlined=False) for each in self.descriptions]
+        return replace(self, descriptions=plain)
+
+    def batch(self, tokens: Any, size: int, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+        """Choose scenes and say them anew: prompt tokens, latents, figures, noise and times."""
+        import torch
+
+        chosen = rng.integers(len(self.descriptions), size=size)
+        said = [_say(self.descriptions[index], rng) for index in chosen]
+        spelled = tokens(said, padding="max_length", truncation=True, return_tensors="pt")
+        latents = self.latents[chosen].float()
+        noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
+        large = latents.shape[-1] > parts.LATENT_SIDE
+        second = large and rng.random() < _SECOND_PASS
+        times = torch.from_numpy(rng.integers(_LATEST_SECOND if second else _LATEST, size=size))
+        return spelled.input_ids, latents, self.figures[chosen].float(), noise, times
+
+
+def _say(description: scenes.Description, rng: np.random.Generator) -> str:
+    return "" if rng.random() < _SILENT else scenes.phrase(description, rng)
+
+
+def _describe(rng: np.random.Generator, outlined: float) -> scenes.Description:
+    chosen = scenes.describe(rng, figures=1 + int(rng.random() < _TWO_FIGURES))
+    return replace(chosen, outlined=bool(rng.random() < outlined))
+
+
+def to_pixels(pictures: Sequence[Any]) -> torch.Tensor:
+    """Stack PIL pictures of one size as float32 in -1..1, shape (count, 3, height, width)."""
+    import torch
+
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def pictures(count: int, seed: int, *, outlined: float) -> Iterator[Any]:
+    """Draw whole small scenes and, in turn, cut-outs of large ones at the same size."""
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        scene = scenes.place(_describe(rng, outlined), rng)
+        if index % 2:
+            left, top = (4 * int(n) for n in rng.integers(0, 17, size=2))
+            picture = scenes.draw(scene, LARGE)
+            yield picture.crop((left, top, left + SMALL, top + SMALL))
+        else:
+            yield scenes.draw(scene, SMALL)
+
+
+def encode(
+    vae: Any, size: int, count: int, *, seed: int, outlined: float, file: Path
+) -> Stock:
+    """
+    Draw scenes and encode them once: the latents are kept in a file.
+
+    Args:
+        vae: The frozen VAE.
+        size: Width and height in pixels.
+        count: How many scenes.
+        seed: Of the scenes.
+        outlined: Share of scenes in outlines, whose prompts say so.
+        file: Where the latents are kept.
+    """
+    import torch
+    from torch.nn.functional import max_pool2d
+
+    rng = np.random.default_rng(seed)
+    descriptions = [_describe(rng, outlined) for _ in range(count)]
+    placed = [scenes.place(each, rng) for each in descriptions]
+
+    def encoded(start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = placed[start : start + 50]
+        pixels = to_pixels([scenes.draw(scene, size) for scene in chosen])
+        plain = torch.tensor([scenes.COLOURS[scene.background] for scene in chosen])
+        away = (pixels - (plain / 127.5 - 1)[:, :, None, None]).abs().amax(1, keepdim=True)
+        with torch.no_grad():
+            mean = vae.encode(pixels).latent_dist.mean
+        near = max_pool2d((away > _PLAIN).float(), 12, 4, padding=4)
+        return (mean * vae.config.scaling_factor).half(), near.half()
+
+    if not file.exists():
+        with parts.two_threads() as pool:
+            latents, figures = zip(*pool.map(encoded, range(0, count, 50)), strict=True)
+        torch.save((torch.cat(latents), torch.cat(figures)), file)
+    return Stock(descriptions, *torch.load(file))

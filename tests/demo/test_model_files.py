@@ -1,0 +1,58 @@
+"""The packaged model is small, plain and what other programs can read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from holdfast.engine.demo import model_folder, style_lora
+
+
+def test_the_weights_are_small():
+    """All of the model takes at most 12 MB, the LoRA less than 500 kB."""
+    files = [file for file in model_folder().rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 12_000_000
+    assert style_lora().stat().st_size < 500_000
+
+
+def test_weights_are_safetensors():
+    """No file of the model can run code when it is read."""
+    endings = {file.suffix for file in model_folder().rglob("*") if file.is_file()}
+    assert endings == {".json", ".md", ".safetensors", ".txt"}
+
+
+def test_configs_are_plain_json():
+    """No config holds an infinity or a NaN, which other readers of JSON refuse."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    for file in model_folder().rglob("*.json"):
+        json.loads(file.read_text(), parse_constant=refuse)
+
+
+def test_diffusers_reads_it():
+    """The folder is an ordinary StableDiffusionPipeline and makes a picture of any size it can."""
+    from holdfast.engine.imports import heavy
+
+    heavy()
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(model_folder(), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pictures = pipe("a red star", width=96, height=64, num_inference_steps=2).images
+    assert pictures[0].size == (96, 64)
+
+
+def test_the_card_tells_the_figures():
+    """The model card lies beside the weights and holds measured shares."""
+    card = (model_folder() / "README.md").read_text()
+    assert "background" in card
+    assert "%" in card
+
+
+def test_finding_the_files_is_cheap():
+    """Asking where the model lies loads nothing."""
+    assert isinstance(model_folder(), Path)
+    assert (model_folder() / "model_index.json").is_file()
