@@ -1,3 +1,54 @@
-check:
-	mkdir -p build/namespace/holdfast && ln -sfn $(CURDIR)/engine build/namespace/holdfast/engine && ln -sfn $(CURDIR)/states build/namespace/holdfast/states
-	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy -p holdfast.states -p holdfast.engine
+# `make demo` shows what Holdfast does, `make test` proves it. Both install into .venv what they need.
+
+PYTHON ?= python3
+# PyPI's torch for Linux brings gigabytes of CUDA that nothing here uses, so a CPU build is preferred.
+# Where this index cannot be reached, PyPI's is taken.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ARGS ?=
+
+INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+SOURCES := $(wildcard engine/*.py engine/*/*.py states/*.py engine/demo/model/*/*)
+
+.PHONY: demo test check docs bench train clean
+.DELETE_ON_ERROR:
+
+demo: demo/contents.txt
+	@cat $<
+
+demo/contents.txt: .venv/ready $(SOURCES)
+	@mkdir -p demo
+	.venv/bin/holdfast demo demo > $@
+
+test: .venv/ready-to-test
+	.venv/bin/python -m pytest $(ARGS)
+
+check: .venv/ready-to-test
+	mkdir -p build/namespace/holdfast
+	ln -sfn $(CURDIR)/engine build/namespace/holdfast/engine
+	ln -sfn $(CURDIR)/states build/namespace/holdfast/states
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy -p holdfast.states -p holdfast.engine
+
+docs: .venv/ready
+	.venv/bin/python docs/reference.py
+
+bench: .venv/ready-to-test
+	.venv/bin/python -m tests.benchmarks $(ARGS)
+
+train: .venv/ready-to-test
+	.venv/bin/python -m holdfast.engine.demo.train $(ARGS)
+
+clean:
+	rm -rf .venv build demo dist holdfast.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed; for example: make PYTHON=python3.12')"
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --extra-index-url $(TORCH_INDEX) torch torchvision
+	$(INSTALL) -e '.[cli]'
+	touch $@
+
+.venv/ready-to-test: .venv/ready
+	$(INSTALL) -e '.[dev]'
+	touch $@
