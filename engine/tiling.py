@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -98,16 +98,12 @@ def _blend(
     """
     import torch
 
-    height, width = (min(side, tile) for side in size)
-    row_weights, column_weights = (
-        _ramps(side * scale, overlap * scale) for side in (height, width)
-    )
-    weights = row_weights[:, None] * column_weights
     total = torch.zeros([side * scale for side in size])
     blended = None
-    for row in _starts(size[0], height, overlap):
-        for column in _starts(size[1], width, overlap):
+    for row, height, row_weights in _tiles(size[0], tile, overlap, scale):
+        for column, width, column_weights in _tiles(size[1], tile, overlap, scale):
             part = run(row, column, height, width)
+            weights = row_weights[:, None] * column_weights
             if blended is None:
                 blended = torch.zeros(*part.shape[:2], *total.shape)
             place = (
@@ -121,15 +117,32 @@ def _blend(
     return blended / total
 
 
-def _starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Spread as few tiles as it takes evenly from the first to the last pixel of a side."""
-    gaps = -(-(side - tile) // (tile - overlap))
-    return [round(index * (side - tile) / max(gaps, 1)) for index in range(gaps + 1)]
+def _tiles(
+    side: int, tile: int, overlap: int, scale: int
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """
+    Spread as few tiles as it takes evenly over one side.
+
+    Yields:
+        Where a tile starts, its length, and the weights of its output along this side.
+    """
+    length = min(side, tile)
+    gaps = 0 if side <= tile else -(-(side - tile) // (tile - overlap))
+    for index in range(gaps + 1):
+        rising = _ramp(length * scale, overlap * scale, rises=index > 0)
+        falling = _ramp(length * scale, overlap * scale, rises=index < gaps).flip(0)
+        yield round(index * (side - length) / max(gaps, 1)), length, rising * falling
 
 
-def _ramps(length: int, overlap: int) -> torch.Tensor:
-    """Return weights that rise from near 0 to 1 over `overlap` pixels, and fall the same way."""
+def _ramp(length: int, overlap: int, *, rises: bool) -> torch.Tensor:
+    """
+    Return weights of 1, or such that rise to it over the middle half of the overlap.
+
+    The outer quarter has no weight: there a tile lacks what lies beyond its rim.
+    """
     import torch
 
-    rising = torch.arange(1, length + 1) / (overlap + 1)
-    return torch.minimum(rising, rising.flip(0)).clamp(max=1.0)
+    if not rises:
+        return torch.ones(length)
+    margin = overlap // 4
+    return ((torch.arange(length) + 1 - margin) / (overlap - 2 * margin + 1)).clamp(0.0, 1.0)
