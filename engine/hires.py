@@ -82,7 +82,7 @@ def passes_of(
     """
     natural = (model.scale.default, model.scale.default)
     if isinstance(request, Img2Img):
-        natural = request.image.size
+        natural = as_rgb(request.image).size
     width, height = request.width or natural[0], request.height or natural[1]
     model.check_size(width, height)
     on_cpu = "GPU" not in config.device_of(model.family.denoiser)

@@ -38,7 +38,7 @@ SCHEDULERS: Mapping[str, SchedulerSpec] = MappingProxyType({
     "lms": SchedulerSpec("LMSDiscreteScheduler", "LMS"),
     "ddim": SchedulerSpec("DDIMScheduler", "DDIM"),
     "ddpm": SchedulerSpec("DDPMScheduler", "DDPM"),
-    "pndm": SchedulerSpec("PNDMScheduler", "PLMS"),
+    "pndm": SchedulerSpec("PNDMScheduler", "PLMS", {"skip_prk_steps": True}),
     "dpm++2m": SchedulerSpec("DPMSolverMultistepScheduler", "DPM++ 2M"),
     "dpm++2m-karras": SchedulerSpec("DPMSolverMultistepScheduler", "DPM++ 2M Karras", _KARRAS),
     "dpm++2m-sde": SchedulerSpec("DPMSolverMultistepScheduler", "DPM++ 2M SDE", _SDE),
