@@ -88,6 +88,10 @@ EVENTS: Mapping[str, EventSpec] = MappingProxyType({
         "an earlier process died inside a native call", ("died_in", "pid", "elapsed_seconds"),
         level="warning",
     ),
+    "export.progress": EventSpec(
+        "how far a conversion has come", ("source", "fingerprint", "phase", "done", "total"),
+        level="debug",
+    ),
     "imports.torchvision_hidden": EventSpec(
         "torchvision cannot be imported here and is hidden from transformers", ("error",),
         level="warning",
