@@ -20,6 +20,7 @@ from holdfast.engine.errors import (
     InvalidRequest,
     let_go,
 )
+from holdfast.engine.families import Geometry
 from holdfast.engine.keys import keys_for
 from holdfast.engine.memory import resident_bytes
 from holdfast.engine.plan import Move, Plan, Stage, Standing, Step, plan, plan_again
@@ -34,15 +35,13 @@ if TYPE_CHECKING:
     from holdfast.engine.config import EngineConfig
     from holdfast.engine.diskcache import DiskCache
     from holdfast.engine.events import Emitter
-    from holdfast.engine.families import Geometry
     from holdfast.engine.jobs import Job
     from holdfast.engine.keys import ComponentKey
     from holdfast.engine.model import Model
+    from holdfast.engine.passes import PassSpec
     from holdfast.engine.plan import Action
     from holdfast.engine.requests import Lora
     from holdfast.states import Mode
-
-    StageLike = tuple[Mode, Geometry]
 
 
 class CompiledPipeline:
@@ -64,6 +63,7 @@ class CompiledPipeline:
         self.store = ComponentStore(emit, cache, self._checkpoint)
         self._views: dict[Mode, View] = {}
         self._job: Job[Any] | None = None
+        self._geometry: Geometry | None = None
         self._resolver = Resolver(self.store.compiler, cache.root, emit)
         self._settings = self._resolver.settings(config)
         self.store.compiler.keeps_blobs = config.compiled_cache
@@ -82,6 +82,14 @@ class CompiledPipeline:
     def budget(self) -> int:
         """Bytes that all compiled components may hold: as set, or half of the machine's memory."""
         return self.config.memory_budget or psutil.virtual_memory().total // 2
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the latest pass; the model's own, where there was none or it cannot make that."""
+        scale, last = self.model.scale, self._geometry
+        if last is None or last.width % scale.multiple or last.height % scale.multiple:
+            return Geometry(scale.default, scale.default)
+        return last
 
     def standing(self) -> Standing:
         """Return where the pipeline stands, as plans are made from it."""
@@ -169,38 +177,40 @@ class CompiledPipeline:
             raise GenerationError(msg)
         return self.view(mode)
 
-    def checked_view(self, mode: Mode, number: int) -> View:
+    def ready(self, spec: PassSpec, moves: Sequence[Move]) -> View:
         """
-        Return the view for pass `number`, made sure of.
-
-        Raises:
-            GenerationError: It is not the pipeline of `mode`.
-        """
-        view = self.view(mode)
-        check_view(view, self.model.family, mode, number, self._emit)
-        return view
-
-    def plan_change(self, config: EngineConfig, stage_like: StageLike | None) -> Plan:
-        """
-        Decide what other settings would take. Nothing that serves changes.
+        Put in service what a pass needs, and return its pipeline, made sure of.
 
         Args:
-            config: The other settings.
-            stage_like: Mode in service and the last geometry; None while unloaded.
+            spec: The pass.
+            moves: Planned for it.
+
+        Raises:
+            CompileError: See `carry_out`.
+            GenerationError: The pipeline is not that of the pass's mode.
         """
+        for move in moves:
+            self.carry_out(move)
+        self._geometry = spec.geometry
+        view = self.view(spec.mode)
+        check_view(view, self.model.family, spec.mode, spec.number, self._emit)
+        return view
+
+    def plan_change(self, config: EngineConfig) -> Plan:
+        """Decide what other settings would take. Nothing that serves changes."""
         before, self._settings = self._settings, self._resolver.settings(config)
         try:
-            return self._plan_for(stage_like)
+            return self._plan_in_service()
         finally:
             self._settings = before
 
-    def configure(self, config: EngineConfig, stage_like: StageLike | None) -> Plan:
+    def configure(self, config: EngineConfig) -> Plan:
         """
         Change the settings; recompile what they touch, and return to the same state.
 
-        Args:
-            config: The new settings.
-            stage_like: Mode in service and the last geometry; None while unloaded.
+        Another model's components are given up, except for those that the new one shares. Other
+        components that serve no more (of a LoRA set, a VAE, a precision) stay held for as long as
+        the memory budget has room.
 
         Returns:
             The plan that was carried out.
@@ -212,7 +222,7 @@ class CompiledPipeline:
         """
         before, self._settings = self._settings, self._resolver.settings(config)
         try:
-            made = self._plan_for(stage_like)
+            made = self._plan_in_service()
             self.follow(made)
         except BaseException:
             self._settings = before
@@ -293,8 +303,9 @@ class CompiledPipeline:
         if planned != done:
             self._emit("plan.missed", planned=planned, done=done)
 
-    def _plan_for(self, stage_like: StageLike | None) -> Plan:
-        return self.plan([] if stage_like is None else [self.stage(*stage_like)])
+    def _plan_in_service(self) -> Plan:
+        mode = self.lifecycle.mode
+        return self.plan([] if mode is None else [self.stage(mode, self.geometry)])
 
     def _roll_back(
         self, move: Move, before: Mapping[str, ComponentKey], error: BaseException

@@ -123,9 +123,7 @@ class Runner:
         finish: Callable[[list[torch.Tensor]], list[Any]],
     ) -> list[Any]:
         with self._timed("prepare", f"prepare {spec.number}"):
-            for move in self._plan.stages[spec.number - 1]:
-                self._pipeline.carry_out(move)
-            view = self._pipeline.checked_view(spec.mode, spec.number)
+            view = self._pipeline.ready(spec, self._plan.stages[spec.number - 1])
         with self._timed("encode prompt", f"prepare {spec.number}"):
             rows = self._encode_prompt(spec, view)
         with self._timed(f"pass {spec.number}", f"pass {spec.number}"):

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.engine.config import EngineConfig
 from holdfast.engine.errors import HoldfastError, InvalidRequest
-from holdfast.engine.families import VAE_DECODER, Geometry
+from holdfast.engine.families import VAE_DECODER
 from holdfast.engine.hires import passes_of, run_request, settle_seeds
 from holdfast.engine.images import digest
 from holdfast.engine.imports import runtime
 from holdfast.engine.memory import resident_bytes
 from holdfast.engine.metadata import Provenance, infotext
 from holdfast.engine.passes import Prompts, cut_words, decode_array
+from holdfast.engine.plan import Standing
 from holdfast.engine.previews import latent_map
 from holdfast.engine.result import Degradation, Result
 from holdfast.engine.runner import Runner
@@ -76,7 +77,6 @@ class Service:
         self._latent_map: LatentMap | None = None
         self._opened: CompiledPipeline | None = None
         self._prompts = Prompts()
-        self._geometry: Geometry | None = None
 
     @property
     def pipeline(self) -> CompiledPipeline:
@@ -105,9 +105,7 @@ class Service:
     def configure(self, job: Job[Any], config: EngineConfig) -> Plan:
         """Change the settings. The state afterwards is the one before."""
         with self._true_state(), self.pipeline.working_for(job):
-            mode = self._lifecycle.mode
-            stage = None if mode is None else (mode, self._last_geometry())
-            made = self.pipeline.configure(config, stage)
+            made = self.pipeline.configure(config)
             self.config = config
             return made
 
@@ -115,9 +113,7 @@ class Service:
         """Decide what a request, or a change of settings, would take. Changes nothing."""
         with self._true_state():
             if isinstance(asked, EngineConfig):
-                mode = self._lifecycle.mode
-                stage = None if mode is None else (mode, self._last_geometry())
-                return self.pipeline.plan_change(asked, stage)
+                return self.pipeline.plan_change(asked)
             return self._plan(self._settle(asked, settle_seeds(asked)))
 
     def prepare(self, job: Job[Any], request: Request) -> Plan:
@@ -126,7 +122,7 @@ class Service:
             passes = self._settle(request, settle_seeds(request))
             made = self._plan((*passes, passes[0]) if len(passes) > 1 else passes)
             self.pipeline.follow(made)
-            self._geometry = passes[0].geometry
+            self.pipeline.ready(passes[0], ())
             return made
 
     def rest(self) -> None:
@@ -149,13 +145,12 @@ class Service:
 
     def facts(self) -> dict[str, Any]:
         """Return where the engine stands, as the log tells it."""
-        opened = self._opened
-        standing = None if opened is None else opened.standing()
+        standing = Standing() if self._opened is None else self._opened.standing()
         return {
             "state": self._lifecycle.state.value,
             "mode": None if self._lifecycle.mode is None else str(self._lifecycle.mode),
-            "held": [] if standing is None else sorted(key.digest for key in standing.held),
-            "lora": [f"{each.name}@{each.weight:g}" for each in self.config.lora],
+            "held": sorted(key.digest for key in standing.held),
+            "lora": sorted({str(use) for key in standing.service.values() for use in key.lora}),
         }
 
     def run(self, job: Job[Any], request: Request) -> Result:
@@ -205,7 +200,6 @@ class Service:
         )
         images, first_pass = run_request(request, passes, runner)
         self.pipeline.compare(made)
-        self._geometry = passes[-1].geometry
         self._learn(runner.timings, passes)
         timings = {**runner.timings, "total": time.perf_counter() - began}
         learned |= {
@@ -253,14 +247,10 @@ class Service:
         with self._true_state(), self.pipeline.working_for(job):
             if trigger not in self._lifecycle.legal():
                 self._lifecycle.fire(trigger)  # refuses, and the log tells
-            stage = self.pipeline.stage(mode, self._last_geometry())
+            stage = self.pipeline.stage(mode, self.pipeline.geometry)
             made = self.pipeline.plan([stage])
             self.pipeline.follow(made)
             return made
-
-    def _last_geometry(self) -> Geometry:
-        side = self._model.scale.default
-        return self._geometry or Geometry(side, side)
 
     def _check_prompts(self, passes: tuple[PassSpec, ...]) -> tuple[Degradation, ...]:
         """Refuse prompts that the text encoders would cut, or say so where that is allowed."""
