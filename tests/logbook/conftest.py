@@ -59,11 +59,11 @@ def rolled_back_log(settings: dict[str, Any], tmp_path_factory: pytest.TempPathF
     with Engine(**settings, log_file=path) as engine:
         engine.load()
         store = engine._service.pipeline.store
-        core = store.core
-        store.core = _OutOfMemory()
+        core = store.compiler.core
+        store.compiler.core = _OutOfMemory()
         with pytest.raises(CompileError):
             engine.recompile()
-        store.core = core
+        store.compiler.core = core
         engine.run(REQUEST)
     return path
 
