@@ -34,7 +34,7 @@ svg.log { --ink: #1b1f24; --soft: #6b7280; --line: #e5e7eb; --paper: #ffffff; --
   --held: #24364f; --wait: #3a2f52; } }
 svg.log text { fill: var(--ink); } svg.log .soft { fill: var(--soft); }
 svg.log .engine { font-weight: 600; }
-svg.log .tick { stroke: var(--line); } svg.log .fine { visibility: hidden; }
+svg.log .tick { fill: var(--line); } svg.log .fine { visibility: hidden; }
 svg.log.near .fine { visibility: visible; }
 svg.log .edge { fill: var(--paper); }
 .bar rect { fill: var(--dim); stroke: var(--dim); stroke-width: 1; }
@@ -181,7 +181,7 @@ class _Rows:
         for number in range(int(self._span / step) + 1):
             left = f"{number * step / self._span * 100:.4f}%"
             style = "" if number % _FINE == 0 else " fine"
-            yield drawsvg.Line(left, AXIS - 6, left, height, class_=f"tick{style}")
+            yield drawsvg.Rectangle(left, AXIS - 6, 1, height, class_=f"tick{style}")
             if number * step < _LAST_LABEL * self._span:
                 label = seconds(number * step)
                 yield drawsvg.Text(label, 11, x=left, y=_BASELINE, dx=3, class_=f"soft{style}")
