@@ -91,7 +91,7 @@ class CompileHeartbeat(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Degradation(Event):
+class Degraded(Event):
     """Something was done other than asked, as the host allowed: the keys of ``degradation``."""
 
     kind: str
@@ -295,7 +295,7 @@ class _Subscriber:
 _SAME: Mapping[str, type[Event]] = MappingProxyType({
     "state.changed": Transition,
     "compile.heartbeat": CompileHeartbeat,
-    "degradation": Degradation,
+    "degradation": Degraded,
 })  # fmt: skip
 
 _ENDINGS = MappingProxyType({

@@ -14,7 +14,7 @@ from holdfast.engine.errors import Cancelled, EngineClosed
 from holdfast.engine.subscribers import (
     LIMIT,
     CompileHeartbeat,
-    Degradation,
+    Degraded,
     Event,
     Finished,
     Preview,
@@ -101,7 +101,7 @@ def test_every_kind_of_event_is_typed_and_frozen(bench: Bench, subscribers: Subs
     assert beat == CompileHeartbeat(
         request_id="r1", component="unet", elapsed_seconds=1.0, expected_seconds=None, rss_bytes=5
     )
-    assert degraded == Degradation(
+    assert degraded == Degraded(
         request_id="r1", kind="prompt_truncated", asked="long", given="short"
     )
     assert previewed.image.size == (1, 1)
@@ -193,7 +193,7 @@ def test_a_subscriber_gets_the_kinds_it_asked_for(bench: Bench, subscribers: Sub
     bench.emit("request.completed", request_id="r1", seconds=1.0)
     subscribers.close()
     assert [type(event) for event in some.events] == [Transition, Finished]
-    assert [type(event) for event in every.events] == [Transition, Degradation, Finished]
+    assert [type(event) for event in every.events] == [Transition, Degraded, Finished]
 
 
 def test_previews_come_as_often_as_asked(subscribers: Subscribers) -> None:
@@ -285,7 +285,7 @@ def test_nothing_but_previews_progress_and_heartbeats_is_ever_left_out(
     subscribers.close()
     names = list(map(str, range(3 * LIMIT)))
     assert [event.reason for event in listener.of(Transition)] == ["-1", *names]
-    assert [event.kind for event in listener.of(Degradation)] == names
+    assert [event.kind for event in listener.of(Degraded)] == names
     assert [event.request_id for event in listener.of(Finished)] == names
 
 
