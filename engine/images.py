@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image, ImageOps
 
 if TYPE_CHECKING:
@@ -18,6 +17,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
     Turned as its EXIF tag says; transparent parts lie on white; 16-bit greyscale keeps its range.
     """
+    import numpy as np
+
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode == "I":
         levels = np.asarray(image, dtype=np.float64) / 257.0
@@ -33,6 +34,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 def digest(values: Iterable[Image.Image | Any]) -> str:
     """Return 16 hexadecimal digits for a list of images, or of latents as torch tensors."""
+    import numpy as np
+
     whole = hashlib.blake2b(digest_size=8)
     for value in values:
         array = np.asarray(value) if isinstance(value, Image.Image) else value.numpy()

@@ -6,8 +6,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from holdfast.engine.errors import GenerationError, HoldfastError
 from holdfast.engine.families import Geometry
 from holdfast.engine.images import digest
@@ -18,6 +16,7 @@ from holdfast.states import Mode
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import numpy as np
     import torch
     from numpy.typing import NDArray
     from PIL import Image
@@ -314,6 +313,8 @@ def encode(image: Image.Image, generator: torch.Generator, view: View) -> torch.
 
 def decode_array(latents: NDArray[np.float32], view: View) -> NDArray[np.float32]:
     """Turn latents (N, C, H, W) into pixels (N, 3, height, width) in -1 to 1, as arrays."""
+    import numpy as np
+
     decoder = view.pipeline.vae.decoder
     scaled = latents / np.float32(decoder.config.scaling_factor)
     return np.concatenate([decoder.request([each[None]])[0] for each in scaled])

@@ -21,7 +21,6 @@ from holdfast.engine.memory import resident_bytes
 from holdfast.engine.metadata import Provenance, infotext
 from holdfast.engine.passes import Prompts, cut_words, decode_array
 from holdfast.engine.plan import Standing
-from holdfast.engine.previews import latent_map
 from holdfast.engine.result import Degradation, Result
 from holdfast.engine.runner import Runner
 from holdfast.engine.subscribers import Preview
@@ -301,6 +300,8 @@ class Service:
         )
 
     def _fit_latent_map(self) -> LatentMap:
+        from holdfast.engine.previews import latent_map
+
         view = self.pipeline.view_in_service()
         vae, side = view.pipeline.vae, self._model.probe_side(VAE_DECODER)
         self._latent_map = latent_map(
