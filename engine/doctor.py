@@ -109,7 +109,7 @@ class Report:
 
     def to_json(self) -> str:
         """Serialise."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
+        return msgspec.json.format(msgspec.json.encode(self, enc_hook=str), indent=2).decode()
 
 
 def examine(cache_dir: Path | None = None) -> Report:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import sys
 import traceback
 from importlib import metadata
 from pathlib import Path
@@ -57,7 +55,7 @@ CacheDir = Annotated[Path | None, typer.Option(metavar="PATH", help="Where expor
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        return int(app(arguments, prog_name=app.info.name, standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
         typer.echo(error.format_message())
         return 0
@@ -66,13 +64,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
         command = "holdfast" if context is None else context.command_path
         _complain(f"{error.format_message()}\nSee {command} --help.")
         return BAD_INPUT
-    except (KeyboardInterrupt, click.Abort):
-        _complain("interrupted")
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Who read the output has had enough; Python, flushing it at its end, must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
 
 
 @app.callback(invoke_without_command=True)
@@ -207,6 +198,9 @@ def _told(*, debug: bool) -> Iterator[None]:
         yield
     except (typer.Exit, click.ClickException, BrokenPipeError):
         raise
+    except KeyboardInterrupt as interrupt:
+        _complain("interrupted")
+        raise typer.Exit(INTERRUPTED) from interrupt
     except Exception as error:
         if debug:
             traceback.print_exception(error)
