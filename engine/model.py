@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +36,10 @@ class Model:
         self.folder = folder
         self.family = family_of(folder.class_name)
         self._folders = dict.fromkeys(self.family.all_components, folder)
-        self._assembled: tempfile.TemporaryDirectory[str] | None = None
         self.parts = folder.path
         if vae is not None:
             self._folders |= dict.fromkeys((VAE_DECODER, VAE_ENCODER), vae)
-            self._assembled = self._assemble()
-            self.parts = Path(self._assembled.name)
+            self.parts = self._assemble()
         configs = {name: each.component_config(name) for name, each in self._folders.items()}
         self.scale = self.family.scale(configs)
         own = self.family.scale({n: folder.component_config(n) for n in self._folders})
@@ -143,10 +142,10 @@ class Model:
             )
             raise InvalidRequest(msg)
 
-    def _assemble(self) -> tempfile.TemporaryDirectory[str]:
+    def _assemble(self) -> Path:
         """Lay all parts' configurations side by side, as the pipeline classes read them."""
-        assembled = tempfile.TemporaryDirectory(prefix="holdfast-", ignore_cleanup_errors=True)
-        target = Path(assembled.name)
+        target = Path(tempfile.mkdtemp(prefix="holdfast-"))
+        weakref.finalize(self, shutil.rmtree, target, ignore_errors=True)
         (target / "model_index.json").write_text(json.dumps(dict(self.folder.config)))
         for name, folder in self._folders.items():
             (target / name).mkdir()
@@ -155,7 +154,7 @@ class Model:
             shared = name.startswith("tokenizer") or name == "scheduler"
             if shared and (self.folder.path / name).is_dir():
                 shutil.copytree(self.folder.path / name, target / name)
-        return assembled
+        return target
 
 
 _FLOAT_BYTES = 4
