@@ -1,4 +1,4 @@
-"""What the engine's tests share: engines whose logs are audited, and owners of jobs."""
+"""What the engine's tests share: engines whose logs are audited, LoRAs, and owners of jobs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 
 from holdfast.engine import Engine
 
-from ..logbook.audited import assert_clean
+from ..logbook.audited import assert_clean  # noqa: TID252 - tests are no installed package
+from .engines import write_lora
 from .workbench import PATIENCE, Bench
 
 if TYPE_CHECKING:
@@ -58,3 +59,23 @@ def benches() -> Iterator[Callable[..., Bench]]:
 @pytest.fixture
 def bench(benches: Callable[..., Bench]) -> Bench:
     return benches()
+
+
+@pytest.fixture(scope="session")
+def settings(tiny_ir: Path, tiny_cache: Path) -> dict[str, Any]:
+    """Settings of engines on the tiny model, all with one cache."""
+    return {"model": str(tiny_ir), "precision": "f32", "cache_dir": tiny_cache}
+
+
+@pytest.fixture(scope="session")
+def ink(tiny_ir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA for the tiny model's UNet."""
+    return write_lora(tiny_ir, tmp_path_factory.mktemp("ink") / "ink.safetensors")
+
+
+@pytest.fixture(scope="session")
+def chalk(tiny_ir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA for the tiny model's UNet and text encoder."""
+    everything = {"unet": lambda _: True, "text_encoder": lambda _: True}
+    path = tmp_path_factory.mktemp("chalk") / "chalk.safetensors"
+    return write_lora(tiny_ir, path, seed=2, wanted=everything)
