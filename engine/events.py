@@ -227,7 +227,11 @@ class Emitter:
                     self._sinks.remove(sink)
                     self("subscriber.failed", error=repr(error), subscriber=repr(sink))
             keys = {key: value for key, value in record.items() if key not in ("event", "level")}
-            getattr(self._log, level)(event, **keys)
+            try:
+                getattr(self._log, level)(event, **keys)
+            except Exception as error:  # noqa: BLE001 - the same of a host's broken log handler
+                if event != "subscriber.failed":  # which goes through the same handler
+                    self("subscriber.failed", error=repr(error), subscriber="logging")
 
     def add_sink(self, sink: Sink) -> None:
         """Hand every later event to `sink` too."""
