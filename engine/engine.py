@@ -32,7 +32,7 @@ from holdfast.engine.subscribers import Subscribers
 from holdfast.states import Lifecycle, Mode, State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from types import TracebackType
 
     from holdfast.engine.jobs import Job
@@ -240,7 +240,7 @@ class Engine:
             IllegalTransition: Nothing is loaded.
             CompileError: A component could not be compiled; what served before still does.
         """
-        return self._owner.call("recompile", self._service.recompile)
+        return self._owner.call("recompile", lambda job: self._service.recompile(job))
 
     def unload(self) -> None:
         """Give all components and their memory back. State afterwards: ``unloaded``."""
@@ -331,6 +331,20 @@ class Engine:
             EngineClosed: The engine was closed.
         """
         return self._subscribers.subscribe(callback, kinds, preview_every=preview_every)
+
+    def attach(self, sink: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
+        """
+        Hand every later event of the log to `sink`, at once and in order.
+
+        Args:
+            sink: Takes one event as a mapping; must be quick, for the engine waits for it. Where
+                it raises it is dropped, and the log says so.
+
+        Returns:
+            A function that ends it.
+        """
+        self._emit.add_sink(sink)
+        return lambda: self._emit.remove_sink(sink)
 
     def close(self, *, wait: bool = True, timeout: float | None = None) -> bool:
         """

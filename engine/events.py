@@ -253,7 +253,7 @@ class Emitter:
             self._scope.reset(token)
 
     @contextlib.contextmanager
-    def span(self, prefix: str, **facts: object) -> Iterator[dict[str, object]]:
+    def span(self, prefix: str, **facts: Any) -> Iterator[dict[str, Any]]:
         """
         Emit ``prefix.started``, then exactly one of ``completed``, ``failed``, ``cancelled``.
 
@@ -264,9 +264,9 @@ class Emitter:
 
         self(f"{prefix}.started", **facts)
         began = time.perf_counter()
-        learned: dict[str, object] = {}
+        learned: dict[str, Any] = {}
 
-        def end(ending: str, **more: object) -> None:
+        def end(ending: str, **more: Any) -> None:
             seconds = round(time.perf_counter() - began, 6)
             self(f"{prefix}.{ending}", **{**facts, **learned, **more, "seconds": seconds})
 
@@ -276,6 +276,7 @@ class Emitter:
             end("cancelled")
             raise
         except BaseException as error:
-            end("failed", error=f"{type(error).__name__}: {error}")
+            text = getattr(error, "log_text", None) or str(error)
+            end("failed", error=f"{type(error).__name__}: {text}")
             raise
         end("completed")

@@ -72,6 +72,8 @@ class Family:
         pipelines: optimum-intel's pipeline class for each mode.
         prompt_outputs: What ``encode_prompt`` returns, in order, by the pipeline's argument names.
         guided_by_embedding: Guidance is an input of the denoiser: its batch is never doubled.
+        runs_whole_schedule: The img2img pipeline fits a schedule of as many steps as it is told
+            into the strength, where others run that share of the steps.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Family:
     pipelines: Mapping[Mode, str]
     prompt_outputs: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
     guided_by_embedding: bool = False
+    runs_whole_schedule: bool = False
     _extra: Mapping[Mode, tuple[str, ...]] = field(
         default_factory=lambda: {Mode.TXT2IMG: (), Mode.IMG2IMG: (VAE_ENCODER,)}
     )
@@ -159,6 +162,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
             Mode.IMG2IMG: "OVLatentConsistencyModelImg2ImgPipeline",
         },
         guided_by_embedding=True,
+        runs_whole_schedule=True,
     ),
 })  # fmt: skip
 

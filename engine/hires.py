@@ -94,7 +94,7 @@ def passes_of(
         steps=request.steps,
         strength=request.strength if isinstance(request, Img2Img) else None,
         guidance=request.guidance,
-        scheduler=request.scheduler or config.scheduler,
+        scheduler=request.scheduler or config.scheduler or model.scheduler_name,
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         seeds=seeds,

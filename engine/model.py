@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from holdfast.engine.errors import InvalidRequest, ModelSourceError
 from holdfast.engine.families import VAE_DECODER, VAE_ENCODER, family_of
 from holdfast.engine.imports import heavy, quiet
-from holdfast.engine.schedulers import make_scheduler
+from holdfast.engine.integrity import read_json
+from holdfast.engine.schedulers import make_scheduler, short_name
 
 if TYPE_CHECKING:
     from holdfast.engine.families import Geometry
@@ -91,6 +92,18 @@ class Model:
                 }
         return self._tokenizers
 
+    @property
+    def pipeline_settings(self) -> dict[str, Any]:
+        """What the model sets of its pipeline itself, beside its parts."""
+        names = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
+        return {name: self.folder.config[name] for name in names if name in self.folder.config}
+
+    @property
+    def scheduler_name(self) -> str | None:
+        """The key in `SCHEDULERS` of the model's own scheduler; None where it has none."""
+        settings = read_json(self.parts / "scheduler" / "scheduler_config.json")
+        return short_name(settings["_class_name"])
+
     def scheduler(self, name: str | None) -> Any:
         """
         Return a fresh scheduler; its tables are computed once.
@@ -114,10 +127,11 @@ class Model:
         step = self.scale.multiple
         if width % step == 0 and height % step == 0:
             return
-        nearest = " or ".join(
-            f"{max(step, round_to(width))}x{max(step, round_to(height))}"
-            for round_to in (lambda side: side // step * step, lambda side: -(-side // step) * step)
+        below, above = (
+            tuple(max(step, (side + more) // step * step) for side in (width, height))
+            for more in (0, step - 1)
         )
+        nearest = " or ".join(f"{width}x{height}" for width, height in (below, above))
         msg = (
             f"{width}x{height} was asked for, but this model makes sides that are multiples of "
             f"{step}; the nearest sizes are {nearest}."

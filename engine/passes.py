@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from holdfast.engine.events import Emitter
+    from holdfast.engine.families import Family
     from holdfast.engine.jobs import Job
     from holdfast.engine.model import Model
     from holdfast.engine.requests import Lora
@@ -127,6 +128,7 @@ def run_pass(
     outputs: list[torch.Tensor] = []
     evaluations = 0
     phase = f"pass {spec.number}"
+    began = time.perf_counter()
     chunks = [spec.seeds[first : first + chunk] for first in range(0, len(spec.seeds), chunk)]
 
     def at_step_end(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +145,11 @@ def run_pass(
         job.checkpoint("step")
         return tensors
 
-    with emit.span("pass", **_facts(spec, view, source)) as learned, _native("denoise"):
+    with (
+        emit.scope(**{"pass": spec.number}, mode=str(spec.mode)),
+        emit.span("pass", **_facts(spec, view, source)) as learned,
+        _native("denoise"),
+    ):
         for seeds in chunks:
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
             starts = [] if source is None else source.values[len(outputs) :][: len(seeds)]
@@ -153,20 +159,34 @@ def run_pass(
             view.pipeline.scheduler = scheduler
             began = time.perf_counter()
             latents = view(
-                **_arguments(spec, view.mode, starts),
+                **_arguments(spec, view.mode, starts, model.family),
                 **{name: rows.repeat_interleave(len(seeds), 0) for name, rows in prompts.items()},
                 guidance_scale=spec.guidance,
                 generator=generators,
                 callback_on_step_end=at_step_end,
             )
             outputs += latents.split(1)
+        _refuse_broken(outputs)
         learned["evaluations"] = evaluations // len(chunks)
+        rows, columns = outputs[0].shape[-2:]
+        learned["width"] = columns * model.scale.factor
+        learned["height"] = rows * model.scale.factor
         given = finish(outputs)
         learned["output_digest"] = digest(given)
     return given
 
 
-def _arguments(spec: PassSpec, mode: Mode, starts: Sequence[Any]) -> dict[str, Any]:
+def _refuse_broken(outputs: Sequence[torch.Tensor]) -> None:
+    """Refuse latents that hold no numbers: they would decode to a black image without a word."""
+    if not all(bool(each.isfinite().all()) for each in outputs):
+        msg = (
+            "The denoiser computed values that are not finite, which would give a black image. Use "
+            "precision='f32', or another scheduler or guidance."
+        )
+        raise GenerationError(msg)
+
+
+def _arguments(spec: PassSpec, mode: Mode, starts: Sequence[Any], family: Family) -> dict[str, Any]:
     """Return what this kind of pipeline takes beside prompt and guidance."""
     import torch
 
@@ -177,7 +197,9 @@ def _arguments(spec: PassSpec, mode: Mode, starts: Sequence[Any]) -> dict[str, A
     return {
         "image": torch.cat(list(starts)),
         "strength": strength,
-        "num_inference_steps": schedule_length(spec.steps, strength),
+        "num_inference_steps": (
+            spec.steps if family.runs_whole_schedule else schedule_length(spec.steps, strength)
+        ),
     }
 
 
@@ -255,7 +277,8 @@ class Prompts:
                     device=view.pipeline.device,
                     num_images_per_prompt=1,
                     do_classifier_free_guidance=guided,
-                    negative_prompt=spec.negative_prompt if guided else None,
+                    # Some families encode no negative prompt otherwise than an empty one.
+                    negative_prompt=spec.negative_prompt or None,
                 )
             named = zip(family.prompt_outputs, rows, strict=True)
             self._known[key] = {name: row for name, row in named if row is not None}

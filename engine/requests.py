@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -193,7 +193,8 @@ def request_from_json(text: str | bytes) -> Request:
     Raises:
         InvalidRequest: The text is not JSON or not a request.
     """
-    return _Tagged(request=_Fields.from_json(text).model_extra).request
+    fields: Any = _Fields.from_json(text).model_extra  # pydantic makes a request of it
+    return _Tagged(request=fields).request
 
 
 class _Fields(Value):

@@ -96,7 +96,7 @@ class Runner:
         with self._timed("upscale", "upscale"):
             if source.kind == "latent":
                 size = (spec.width // factor, spec.height // factor)
-                values = [upscale_latents(each, name, *size) for each in source.values]
+                values: list[Any] = [upscale_latents(e, name, *size) for e in source.values]
             else:
                 size = (spec.width, spec.height)
                 values = [upscale_image(each, name, *size) for each in source.values]

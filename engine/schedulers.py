@@ -61,13 +61,19 @@ def check_scheduler(name: str) -> str:
         ValueError: There is none of that name; the text lists those there are.
     """
     wanted = name.strip().lower().replace(" ", "").replace("_", "-")
-    if wanted in SCHEDULERS:
-        return wanted
-    for short, spec in SCHEDULERS.items():
-        if name.strip() in (spec.class_name, spec.class_name.removesuffix("Scheduler")):
-            return short
+    found = wanted if wanted in SCHEDULERS else short_name(name.strip())
+    if found is not None:
+        return found
     msg = f"unknown scheduler; choose one of {', '.join(SCHEDULERS)}, or a diffusers class of these"
     raise ValueError(msg)
+
+
+def short_name(class_name: str) -> str | None:
+    """Return the first key of `SCHEDULERS` with this diffusers class; None where there is none."""
+    for short, spec in SCHEDULERS.items():
+        if class_name in (spec.class_name, spec.class_name.removesuffix("Scheduler")):
+            return short
+    return None
 
 
 def make_scheduler(folder: Path, name: str | None) -> Any:

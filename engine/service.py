@@ -204,6 +204,8 @@ class Service:
         learned |= {
             "timings": {phase: round(seconds, 4) for phase, seconds in timings.items()},
             "compiled": list(made.compiles),
+            "width": images[0].width,
+            "height": images[0].height,
             "output_digest": digest(images),
             "degradations": len(degradations),
             "rss_bytes": resident_bytes(),
@@ -264,7 +266,8 @@ class Service:
                     f"the end: {words!r}. Shorten it, or open the engine with strict=False to have "
                     "it cut there."
                 )
-                raise InvalidRequest(msg)
+                hidden = f"a prompt is too long by {len(words)} characters"
+                raise InvalidRequest(msg, log_text=None if self.config.log_prompts else hidden)
             found[prompt] = Degradation("prompt_truncated", prompt, prompt[: -len(words)], words)
         for each in found.values():
             private = {} if not self.config.log_prompts else {"words": each.words}

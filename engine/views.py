@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Interruptible = Callable[[str, Callable[[], None]], AbstractContextManager[None]]
 
 
-class Port(ov.CompiledModel):
+class Port(ov.CompiledModel):  # type: ignore[misc] # OpenVINO publishes no types
     """
     A compiled component with an infer request of its own, which can be stopped from any thread.
 
@@ -120,6 +120,7 @@ def make_view(
             **ports,
             **model.tokenizers(),
             scheduler=model.scheduler(None),
+            **model.pipeline_settings,
             compile_only=True,
             dynamic_shapes=any(port.get_partial_shape().is_dynamic for port in denoiser.inputs),
             model_save_dir=model.parts,
@@ -140,9 +141,11 @@ def check_view(view: View, family: Family, mode: Mode, number: int, emit: Emitte
     if (view.mode, view.class_name) != (mode, expected):
         emit(
             "view.refused",
-            **{"pass": number},
-            mode=str(mode), pipeline=view.class_name, expected=expected,
-        )  # fmt: skip
+            mode=str(mode),
+            pipeline=view.class_name,
+            expected=expected,
+            **dict[str, Any]({"pass": number}),
+        )
         msg = (
             f"Pass {number} was asked for as {mode} ({expected}), but the pipeline at hand is "
             f"{view.class_name}, built for {view.mode}: it was stopped before its first step. "

@@ -12,13 +12,19 @@ class HoldfastError(Exception):
     Attributes:
         state_after: Value of the lifecycle state in which the error left the engine
             (for example ``"compiled-img2img"``), or ``None`` where no engine is involved.
+        log_text: What the log says of it where the message quotes what must not stand there,
+            such as a prompt; ``None``: the message.
     """
 
     state_after: str | None
+    log_text: str | None
 
-    def __init__(self, message: str, *, state_after: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, state_after: str | None = None, log_text: str | None = None
+    ) -> None:
         super().__init__(message)
         self.state_after = state_after
+        self.log_text = log_text
 
 
 class IllegalTransition(HoldfastError):  # noqa: N818 - the name is part of the public contract
