@@ -30,7 +30,8 @@ check: .venv/ready-to-test
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy -p holdfast.states -p holdfast.engine
 
-docs: .venv/ready
+docs: demo
+	cp demo/contact-sheet.png docs/demo.png
 	.venv/bin/python docs/reference.py
 
 bench: .venv/ready-to-test
