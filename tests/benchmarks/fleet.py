@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 
 
+def say(line: str) -> None:
+    """Tell whoever waits how far it is."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
 class Worker:
     """
     A system in a process of its own.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holdfast.engine.diskcache import build_once
@@ -12,7 +11,7 @@ from holdfast.engine.source import resolve
 from tests.models import build_sd15_size, build_tiny_sd
 
 if TYPE_CHECKING:
-    from tests.benchmarks.workload import Workload
+    from pathlib import Path
 
 
 def make_model(work_dir: Path, *, tiny: bool) -> dict[str, str]:

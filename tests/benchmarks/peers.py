@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from tests.benchmarks.fleet import Worker
+from tests.benchmarks.fleet import Worker, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,14 +25,14 @@ GROUPS = (
     ("Reload",),
     ("Diffusers",),
 )
-INT8_GROUP = ("Holdfast", "HoldfastInt8", "GenAI")
+INT8_GROUP = ("HoldfastInt8", "GenAI", "HoldfastInt8Weights")
 PROMPT = "a large red circle on a blue background, {}"
 
 
 @dataclass
 class Measured:
     """
-    What one system took.
+    What one system took; all lists in the order of measuring.
 
     Attributes:
         start: Seconds from the start of the process to the first image on disk, by process.
@@ -86,13 +86,13 @@ def _measure_group(
             first = _hires(worker, name, 0, folder)
             measured[name].start.append(worker.age)
             measured[name].start_cpu.append(first.cpu_total)
-            print(f"{name}: first image after {worker.age:.1f} s", flush=True)
+            say(f"{name}: first image after {worker.age:.1f} s")
         for run in range(1, warm + 1):
             for name in group if run % 2 else reversed(group):
                 answer = _hires(workers[name], name, run, folder)
                 measured[name].warm.append(answer.wall)
                 measured[name].warm_cpu.append(answer.cpu)
-                print(f"{name}: {answer.wall:.2f} s, {answer.cpu:.2f} CPU s", flush=True)
+                say(f"{name}: {answer.wall:.2f} s, {answer.cpu:.2f} CPU s")
                 if run == warm:
                     measured[name].peak.append(answer.peak)
 
@@ -118,9 +118,11 @@ class Difference:
     psnr: float
 
 
-def compare_images(workload: Workload, folder: Path) -> dict[str, Difference]:
-    """Return how far the image of each peer is from Holdfast's, from the same noise."""
+def compare_images(workload: Workload, folder: Path, *, int8: bool) -> dict[str, Difference]:
+    """Return how far each image is from Holdfast's own, from the same noise."""
     names = {"Holdfast": "hires", "Optimum": "hires", "GenAI": "alike"}
+    if int8:
+        names |= {"HoldfastInt8": "hires", "HoldfastInt8Weights": "hires"}
     paths = {}
     for name, method in names.items():
         paths[name] = folder / f"{name}-alike.png"

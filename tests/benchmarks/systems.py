@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,16 +32,15 @@ class System(Protocol):
 class Holdfast:
     """One engine."""
 
-    precision = "auto"
+    settings: ClassVar[dict[str, Any]] = {}
+    log: Path | None = None
 
     def __init__(self, workload: Workload) -> None:
         from holdfast.engine.engine import Engine
 
         self.workload = workload
         self.engine = Engine(
-            workload.model,
-            cache_dir=Path(workload.cache),
-            precision=self.precision,
+            workload.model, cache_dir=Path(workload.cache), log_file=self.log, **self.settings
         )
 
     def hires(self, prompt: str, seed: int, save: str) -> None:
@@ -70,13 +69,13 @@ class Holdfast:
 class HoldfastInt8(Holdfast):
     """One engine with the denoiser in 8 bits."""
 
-    precision = "int8"
+    settings: ClassVar = {"precision": "int8"}
 
 
 class HoldfastInt8Weights(Holdfast):
     """One engine with the denoiser's weights in 8 bits."""
 
-    precision = "int8-weights"
+    settings: ClassVar = {"precision": "int8-weights"}
 
 
 class GenAI:

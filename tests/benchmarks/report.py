@@ -1,0 +1,173 @@
+"""Figures to tables, plots and one JSON file; the prose around the tables is left alone."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from tests.benchmarks.fleet import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from tests.benchmarks.peers import Difference, Measured
+    from tests.benchmarks.workload import Workload
+
+PAGE = ROOT / "docs" / "performance.md"
+RAW = ROOT / "docs" / "performance.json"
+PLOT = ROOT / "docs" / "performance.svg"
+LABELS = {
+    "Holdfast": "Holdfast",
+    "HoldfastInt8": 'Holdfast, `precision="int8"`',
+    "HoldfastInt8Weights": 'Holdfast, `precision="int8-weights"`',
+    "GenAI": "openvino-genai, shared models",
+    "Optimum": "optimum-intel, two pipelines",
+    "Reload": "optimum-intel, unload + reload",
+    "Diffusers": "diffusers, PyTorch float32",
+    "Floor": "the bare inferences (floor)",
+}
+LIBRARIES = (
+    "openvino", "openvino-genai", "optimum-intel", "diffusers", "transformers", "torch", "nncf",
+)  # fmt: skip
+GIB = 2**30
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine without naming it."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "cpu": model,
+        "logical_cpus": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / GIB),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def write_raw(name: str, figures: Mapping[str, Any]) -> None:
+    """Put one measurement's figures beside the others in the JSON file."""
+    known = json.loads(RAW.read_text()) if RAW.exists() else {}
+    known[name] = figures
+    RAW.write_text(json.dumps(known, indent=1, sort_keys=True, default=str) + "\n")
+
+
+def write_table(name: str, rows: Sequence[Sequence[str]]) -> None:
+    """Replace what stands between the page's markers of this name; the first row is the head."""
+    head, *body = rows
+    lines = [_row(head), _row(["---"] * len(head)), *map(_row, body)]
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    text, found = pattern.subn(
+        lambda _: "\n".join([begin, *lines, end]), PAGE.read_text(encoding="utf-8")
+    )
+    if found != 1:
+        msg = f"{PAGE} has {found} places for the table {name!r}; it needs one"
+        raise ValueError(msg)
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def report_peers(name: str, workload: Workload, measured: Mapping[str, Measured]) -> None:
+    """Write one table of systems, their medians and ratios to openvino-genai."""
+    job = {
+        field: getattr(workload, field)
+        for field in ("side", "hires_side", "steps", "hires_steps", "strength", "guidance")
+    }
+    systems = {system: asdict(each) for system, each in measured.items()}
+    write_raw(name, {"machine": machine(), "workload": job, "systems": systems})
+    head = [
+        "way", "first image, s", "CPU s", "warm hires, s", "CPU s", "peak, GiB",
+        "warm CPU against genai", "peak against genai",
+    ]  # fmt: skip
+    rows = [head]
+    peer = measured.get("GenAI")
+    for system, each in measured.items():
+        ratios = ["", ""]
+        if peer is not None:
+            ratios = [
+                f"{each.median(field) / peer.median(field):.2f}" for field in ("warm_cpu", "peak")
+            ]
+        rows.append(
+            [
+                LABELS[system],
+                f"{each.median('start'):.1f}",
+                f"{each.median('start_cpu'):.1f}",
+                f"{each.median('warm'):.1f}",
+                f"{each.median('warm_cpu'):.1f}",
+                f"{each.median('peak') / GIB:.2f}",
+                *ratios,
+            ]
+        )
+    write_table(name, rows)
+
+
+def report_images(differences: Mapping[str, Difference]) -> None:
+    """Write how far the pictures are apart."""
+    write_raw("images", {system: asdict(each) for system, each in differences.items()})
+    write_table(
+        "images",
+        [
+            ["against Holdfast's image", "mean, 1/255", "largest, 1/255", "PSNR, dB"],
+            *(
+                [LABELS[system], f"{each.mean:.2f}", f"{each.largest:.0f}", f"{each.psnr:.1f}"]
+                for system, each in differences.items()
+            ),
+        ],
+    )
+
+
+def report_costs(rows: Sequence[Sequence[str]], raw: Mapping[str, Any]) -> None:
+    """Write what Holdfast's own work costs."""
+    write_raw("costs", raw)
+    write_table("costs", [["what", "measured", "goal"], *rows])
+
+
+def report_changes(changes: Mapping[str, Mapping[str, float]]) -> None:
+    """Write what each kind of change compiles and takes."""
+    write_raw("changes", changes)
+    rows = [["change", "compiled", "s", "CPU s", "bare compile, s", "CPU s", "reload, s", "CPU s"]]
+    for change, each in changes.items():
+        compiled = [name.partition(":")[2] for name in each if name.startswith("compiled:")]
+        fields = ("seconds", "cpu", "bare", "bare_cpu", "reload", "reload_cpu")
+        figures = [f"{each[field]:.3f}" for field in fields]
+        rows.append([change, ", ".join(compiled) or "nothing", *figures])
+    write_table("changes", rows)
+
+
+def plot(measured: Mapping[str, Measured]) -> None:
+    """Draw warm CPU seconds and peak memory of each system side by side."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    shown = [system for system in measured if system != "Floor"]
+    labels = [LABELS[system].replace("`", "") for system in shown]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 0.5 * len(shown) + 1.2), sharey=True)
+    left.barh(labels, [measured[system].median("warm_cpu") for system in shown], color="#4c72b0")
+    if "Floor" in measured:
+        left.axvline(measured["Floor"].median("warm_cpu"), color="black", linestyle=":")
+    left.set_xlabel("warm hires, CPU seconds (dotted: the bare inferences)")
+    right.barh(labels, [measured[system].median("peak") / GIB for system in shown], color="#dd8452")
+    right.set_xlabel("peak resident memory, GiB")
+    left.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(PLOT, metadata={"Date": None, "Creator": None})
