@@ -21,7 +21,7 @@ from holdfast.engine.heartbeat import heartbeat
 from holdfast.engine.imports import runtime
 from holdfast.engine.keys import DYNAMIC, ComponentKey
 from holdfast.engine.lora import LoraShelf, check, fuse
-from holdfast.engine.memory import compiled_bytes, give_back_pages, private_bytes
+from holdfast.engine.memory import compiled_bytes, giving_back_pages, private_bytes
 from holdfast.engine.plan import Cost
 
 if TYPE_CHECKING:
@@ -210,7 +210,8 @@ class Compiler:
             key=key.digest,
             expected_seconds=self.price("compile", key).seconds,
         )
-        with span as learned, self._timed("compile", key), beat:
+        pages = giving_back_pages(self._file(key).with_suffix(".bin"))
+        with span as learned, self._timed("compile", key), beat, pages:
             compiled, cached = self._compiled(graph, key)
             self._try(compiled, key)
             component = Component(
@@ -227,7 +228,6 @@ class Compiler:
                 bytes=component.bytes,
                 private_bytes_delta=private_bytes() - before,
             )
-        give_back_pages(self._file(key).with_suffix(".bin"))
         return component
 
     def _compiled(self, graph: ov.Model, key: ComponentKey) -> tuple[ov.CompiledModel, bool]:

@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,37 @@ def runtime() -> None:
         importlib.import_module("openvino")
 
 
+def tokenizing(emit: Emit | None = None) -> None:
+    """
+    Import ``transformers`` as far as tokenizers need it (2 s the first time), as `heavy` does.
+
+    Args:
+        emit: See `heavy`.
+    """
+    with _LOCK, quiet():
+        runtime()
+        error = _unusable("torchvision")
+        if error is not None:
+            _hide("torchvision")
+            if emit is not None:
+                emit("imports.torchvision_hidden", level="warning", error=error)
+        importlib.import_module("transformers.models.auto.tokenization_auto")
+
+
+def begin_heavy() -> None:
+    """
+    Begin `heavy` in a thread of its own: it runs beside compiles, which need none of it.
+
+    Whoever needs it calls `heavy`, which waits for the rest and raises what may be raised.
+    """
+
+    def begin() -> None:
+        with suppress(Exception):
+            heavy()
+
+    threading.Thread(target=begin, name="holdfast-imports").start()
+
+
 def heavy(emit: Emit | None = None) -> None:
     """
     Import optimum-intel with all that it brings (5 to 7 s the first time, then nothing), quietly.
@@ -54,12 +85,7 @@ def heavy(emit: Emit | None = None) -> None:
         emit: Told ``imports.torchvision_hidden`` where that was necessary.
     """
     with _LOCK, quiet():
-        runtime()
-        error = _unusable("torchvision")
-        if error is not None:
-            _hide("torchvision")
-            if emit is not None:
-                emit("imports.torchvision_hidden", level="warning", error=error)
+        tokenizing(emit)
         with _absent("openvino_telemetry"), _process_settings_kept():
             importlib.import_module("optimum.intel.openvino")
 

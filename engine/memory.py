@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import re
 import sys
+import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _MADV_DONTNEED = 4
+_GIVE_BACK_SECONDS = 0.1
 
 
 def resident_bytes() -> int:
@@ -46,6 +53,38 @@ def give_back_pages(file: Path) -> None:
         start, end = (int(each, 16) for each in span.split("-"))
         if start % mmap.PAGESIZE == 0:
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def giving_back_pages(file: Path) -> Iterator[None]:
+    """
+    Give back the pages of `file` again and again inside, and at the end.
+
+    A compile packs one constant after the other, so that a page which it has read is seldom read
+    again: the file's pages and the packed weights are never in memory together.
+    """
+    over = threading.Event()
+
+    def give() -> None:
+        while not over.wait(_GIVE_BACK_SECONDS):
+            give_back_pages(file)
+
+    thread = threading.Thread(target=give, name=f"holdfast-pages-{file.parent.name}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        give_back_pages(file)
+
+
+def trim() -> None:
+    """Let the system take back what the C library keeps of freed memory (glibc alone does)."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
 
 
 def compiled_bytes(graph: Path, precision: str) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.engine.errors import InvalidRequest, ModelSourceError
 from holdfast.engine.families import VAE_DECODER, VAE_ENCODER, family_of
-from holdfast.engine.imports import heavy, quiet
+from holdfast.engine.imports import heavy, quiet, tokenizing
 from holdfast.engine.integrity import read_json
 from holdfast.engine.schedulers import make_scheduler, short_name
 
@@ -80,7 +80,7 @@ class Model:
     def tokenizers(self) -> dict[str, Any]:
         """Return the tokenizers by their names in the pipeline; read once."""
         if not self._tokenizers:
-            heavy()
+            tokenizing()
             import transformers
 
             index = self.folder.config

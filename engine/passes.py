@@ -166,6 +166,7 @@ def run_pass(
                 callback_on_step_end=at_step_end,
             )
             outputs += latents.split(1)
+        view.relax()
         _refuse_broken(outputs)
         learned["evaluations"] = evaluations // len(chunks)
         rows, columns = outputs[0].shape[-2:]
@@ -316,6 +317,7 @@ def decode(latents: torch.Tensor, view: View) -> Image.Image:
         scaled = latents / vae.config.scaling_factor
         pixels = vae.decode(scaled, return_dict=False)[0]
         images: list[Image.Image] = view.pipeline.image_processor.postprocess(pixels)
+    view.relax()
     return images[0]
 
 
@@ -331,6 +333,7 @@ def encode(image: Image.Image, generator: torch.Generator, view: View) -> torch.
         pixels = view.pipeline.image_processor.preprocess(image)
         posterior = vae.encode(pixels).latent_dist
         latents: torch.Tensor = posterior.sample(generator) * vae.config.scaling_factor
+    view.relax()
     return latents
 
 

@@ -21,6 +21,7 @@ from holdfast.engine.errors import (
     let_go,
 )
 from holdfast.engine.families import Geometry
+from holdfast.engine.imports import begin_heavy
 from holdfast.engine.keys import keys_for
 from holdfast.engine.memory import resident_bytes
 from holdfast.engine.plan import Move, Plan, Stage, Standing, Step, plan, plan_again
@@ -151,6 +152,8 @@ class CompiledPipeline:
             policy = "evict_first" if move.evicts_first else "stage_first"
             self._fire(Trigger.RECOMPILE, move.reason)
             self._emit("recompile.policy", policy=policy, why=self.config.policy)
+        if move.action == "load":
+            begin_heavy()
         try:
             self.store.serve(move.service, self.store.stage(move))
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is undone and goes on

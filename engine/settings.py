@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from holdfast.engine.devices import check_components, effective_properties, wants_static_shapes
 from holdfast.engine.keys import LoraUse, Setup
 from holdfast.engine.model import Model
+from holdfast.engine.quantize import quantize
 from holdfast.engine.source import resolve
 
 if TYPE_CHECKING:
@@ -75,6 +76,14 @@ class Resolver:
         for name in names:
             compiler.know_source(
                 model.source(name), model.file(name), probe_side=model.probe_side(name)
+            )
+        if config.precision in ("int8", "int8-weights"):
+            denoiser = model.family.denoiser
+            compiler.know_source(
+                model.source(denoiser),
+                quantize(model.folder, config.precision, self._cache_dir, self._emit),
+                quantization=config.precision,
+                probe_side=model.probe_side(denoiser),
             )
         return Settings(config, model, setup)
 

@@ -14,6 +14,7 @@ import openvino as ov
 
 from holdfast.engine.errors import GenerationError
 from holdfast.engine.imports import heavy, quiet
+from holdfast.engine.memory import trim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -83,6 +84,16 @@ class View:
     def serves(self, components: Mapping[str, Component]) -> bool:
         """Whether it runs exactly these components."""
         return self.components == components
+
+    def relax(self) -> None:
+        """
+        Give back the scratch memory of every component; the next inference takes it again.
+
+        Activations of a large image take hundreds of megabytes, and no two components run at once.
+        """
+        for component in self.components.values():
+            component.compiled.release_memory()
+        trim()
 
     def __call__(self, **arguments: Any) -> Any:
         """Call the pipeline as diffusers does; its latents are returned."""
