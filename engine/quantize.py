@@ -40,7 +40,7 @@ PROMPTS = (
     "a photo of a black dog in front of a white house",
     "a painting of a green tree at night, detailed",
 )
-STEPS = 8
+STEPS = 4
 # Where pixels become features and features pixels, and where the timestep comes in: small layers
 # that every other one depends on.
 KEPT = r".*\.(conv_in|conv_out|time_embedding|add_embedding|time_emb_proj)\b.*"
