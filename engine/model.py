@@ -117,6 +117,15 @@ class Model:
                 self._schedulers[name] = make_scheduler(self.parts, name)
         return copy.deepcopy(self._schedulers[name])
 
+    def vae_bytes(self, width: int, height: int, precision: str) -> int:
+        """
+        Return what decoding or encoding an image of this size takes in scratch memory, in bytes.
+
+        Measured on a decoder of Stable Diffusion 1.5's size: nine maps of the first level's width.
+        """
+        wide = 4 if precision == "f32" else 2
+        return width * height * self.vae_width * _VAE_MAPS * wide
+
     def check_size(self, width: int, height: int) -> None:
         """
         Make sure that the model can make an image of exactly this size.
@@ -172,5 +181,6 @@ class Model:
 
 
 _FLOAT_BYTES = 4
+_VAE_MAPS = 9
 _LIVE_ACTIVATIONS = 40
 """Feature maps of the first level's width that live at once, roughly, attention included."""

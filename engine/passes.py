@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from holdfast.engine.requests import Lora
     from holdfast.engine.views import View
 
+    Transform = Callable[[torch.Tensor], torch.Tensor]
     StepHook = Callable[["PassSpec", int, int, torch.Tensor], None]
 
 
@@ -49,7 +50,7 @@ class PassSpec:
         negative_prompt: What to keep away from.
         seeds: One for each image.
         loras: In place of the engine's, or None.
-        images_per_inference: How many go through the denoiser at once.
+        images_per_inference: How many go through the denoiser at once, at most.
     """
 
     number: int
@@ -69,7 +70,8 @@ class PassSpec:
     @property
     def geometry(self) -> Geometry:
         """What a static shape of this pass depends on."""
-        images = min(self.images_per_inference, len(self.seeds))
+        batch = len(self.seeds)  # split evenly: a static graph takes no smaller rest
+        images = max(n for n in range(1, self.images_per_inference + 1) if batch % n == 0)
         return Geometry(self.width, self.height, images, guided=self.guidance > 1)
 
 
@@ -305,34 +307,61 @@ def cut_words(prompt: str, model: Model) -> str:
     return cut
 
 
-def decode(latents: torch.Tensor, view: View) -> Image.Image:
+def decode_latents(view: View, latents: torch.Tensor) -> torch.Tensor:
+    """Turn latents (N, C, h, w) as the denoiser sees them into pixels (N, 3, H, W) in -1 to 1."""
+    vae = view.pipeline.vae
+    pixels: torch.Tensor = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+    return pixels
+
+
+def encode_pixels(view: View, pixels: torch.Tensor) -> torch.Tensor:
+    """Turn pixels (N, 3, H, W) in -1 to 1 into the moments (N, 2 C, h, w) of their latents."""
+    moments: torch.Tensor = view.pipeline.vae.encode(pixels).latent_dist.parameters
+    return moments
+
+
+def decode(latents: torch.Tensor, view: View, decoder: Transform) -> Image.Image:
     """
-    Turn latents (1, C, H, W) into an image.
+    Turn latents (1, C, h, w) into an image.
+
+    Args:
+        latents: As the denoiser sees them.
+        view: Whose pipeline turns pixels into images.
+        decoder: `decode_latents`, whole or in tiles.
 
     Raises:
         GenerationError: The VAE decoder failed.
     """
-    vae = view.pipeline.vae
     with _native("decode latents"), quiet():
-        scaled = latents / vae.config.scaling_factor
-        pixels = vae.decode(scaled, return_dict=False)[0]
-        images: list[Image.Image] = view.pipeline.image_processor.postprocess(pixels)
+        images: list[Image.Image] = view.pipeline.image_processor.postprocess(decoder(latents))
     view.relax()
     return images[0]
 
 
-def encode(image: Image.Image, generator: torch.Generator, view: View) -> torch.Tensor:
+def encode(
+    image: Image.Image,
+    generator: torch.Generator,
+    view: View,
+    encoder: Transform,
+) -> torch.Tensor:
     """
-    Turn an image into latents (1, C, H, W), drawn from the VAE's posterior with `generator`.
+    Turn an image into latents (1, C, h, w), drawn from the VAE's posterior with `generator`.
+
+    Args:
+        image: RGB.
+        generator: Draws.
+        view: Whose pipeline turns images into pixels.
+        encoder: `encode_pixels`, whole or in tiles.
 
     Raises:
         GenerationError: The VAE encoder failed.
     """
-    vae = view.pipeline.vae
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
     with _native("encode the image"), quiet():
-        pixels = view.pipeline.image_processor.preprocess(image)
-        posterior = vae.encode(pixels).latent_dist
-        latents: torch.Tensor = posterior.sample(generator) * vae.config.scaling_factor
+        moments = encoder(view.pipeline.image_processor.preprocess(image))
+        drawn = DiagonalGaussianDistribution(moments).sample(generator)
+        latents: torch.Tensor = drawn * view.pipeline.vae.config.scaling_factor
     view.relax()
     return latents
 

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from typing import TYPE_CHECKING, Any
 
+from holdfast.engine.families import VAE_DECODER, VAE_ENCODER
 from holdfast.engine.images import digest, text_digest
-from holdfast.engine.passes import PassSpec, Prompts, Source, decode, encode, run_pass
+from holdfast.engine.keys import DYNAMIC
+from holdfast.engine.passes import (
+    PassSpec,
+    Prompts,
+    Source,
+    decode,
+    decode_latents,
+    encode,
+    encode_pixels,
+    run_pass,
+)
+from holdfast.engine.tiling import decode_tiled, encode_tiled
 from holdfast.engine.upscale import UPSCALERS, upscale_image, upscale_latents
 
 if TYPE_CHECKING:
@@ -18,10 +31,17 @@ if TYPE_CHECKING:
 
     from holdfast.engine.events import Emitter
     from holdfast.engine.jobs import Job
-    from holdfast.engine.passes import StepHook
+    from holdfast.engine.passes import StepHook, Transform
     from holdfast.engine.pipeline import CompiledPipeline
     from holdfast.engine.plan import Plan
     from holdfast.engine.views import View
+
+
+TILE = 96
+"""Side of a tile in latent pixels."""
+
+TILE_OVERLAP = 32
+"""How many of them neighbours share."""
 
 
 class Runner:
@@ -77,15 +97,23 @@ class Runner:
         return self._run(spec, source, lambda latents: latents)
 
     def decode(self, latents: Sequence[torch.Tensor]) -> list[Image.Image]:
-        """Turn latents into images, one by one."""
+        """Turn latents into images, one by one; in tiles where the budget holds no whole one."""
         view = self._pipeline.view_in_service()
+        rows, columns = latents[0].shape[-2:]
+        factor = self._pipeline.model.scale.factor
+        tiled = self._needs_tiles(VAE_DECODER, columns * factor, rows * factor)
+        decoder: Transform = functools.partial(decode_latents, view)
+        if tiled:
+            decoder = functools.partial(
+                decode_tiled, decoder, factor=factor, tile=TILE, overlap=TILE_OVERLAP
+            )
         began = time.perf_counter()
         images = []
         for each in latents:
             self._job.checkpoint("decode")
-            images.append(decode(each, view))
+            images.append(decode(each, view, decoder))
         seconds = round(time.perf_counter() - began, 6)
-        self._emit("decode.completed", images=len(images), seconds=seconds, tiled=False)
+        self._emit("decode.completed", images=len(images), seconds=seconds, tiled=tiled)
         return images
 
     def upscale(self, source: Source, name: str, spec: PassSpec) -> Source:
@@ -157,11 +185,26 @@ class Runner:
 
     def _encode(self, image: Image.Image, generator: torch.Generator, view: View) -> torch.Tensor:
         self._job.checkpoint("encode")
+        tiled = self._needs_tiles(VAE_ENCODER, *image.size)
+        encoder: Transform = functools.partial(encode_pixels, view)
+        if tiled:
+            factor = self._pipeline.model.scale.factor
+            encoder = functools.partial(
+                encode_tiled, encoder, factor=factor, tile=TILE, overlap=TILE_OVERLAP
+            )
         began = time.perf_counter()
-        latents = encode(image, generator, view)
+        latents = encode(image, generator, view, encoder)
         seconds = round(time.perf_counter() - began, 6)
-        self._emit("encode.completed", images=1, seconds=seconds, tiled=False)
+        self._emit("encode.completed", images=1, seconds=seconds, tiled=tiled)
         return latents
+
+    def _needs_tiles(self, component: str, width: int, height: int) -> bool:
+        """Whether the memory budget has no room for this at once; a static VAE has one size."""
+        part = self._pipeline.store.service[component]
+        if part.key.shape != DYNAMIC:
+            return False
+        room = self._pipeline.budget - sum(self._pipeline.store.held.values())
+        return self._pipeline.model.vae_bytes(width, height, part.precision) > room
 
     @contextlib.contextmanager
     def _timed(self, phase: str, progress: str) -> Iterator[None]:

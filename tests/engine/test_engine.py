@@ -257,6 +257,25 @@ def test_every_upscaler_gives_the_exact_size(open_engine: Open, upscaler: str) -
     assert result.first_pass[0].size == (64, 64)
 
 
+def test_a_vae_works_in_tiles_where_the_budget_holds_no_whole_image(open_engine: Open) -> None:
+    """The choice depends on the budget alone, is logged, and is no degradation."""
+    images = {}
+    for budget, tiled in (("250MB", True), ("4GB", False)):
+        engine = open_engine(memory_budget=budget, precision="f32")
+        result = engine.run(
+            Img2Img(image=gradient("RGB").resize((1024, 512)), steps=1, strength=0.2, seed=1)
+        )
+        events = read_log(engine.config.log_file)
+        told = [
+            e["tiled"] for e in events if e["event"] in ("encode.completed", "decode.completed")
+        ]
+        assert told == [tiled, tiled]
+        assert result.degradations == ()
+        images[tiled] = np.asarray(result.images[0], np.float64)
+    assert images[True].shape == images[False].shape == (512, 1024, 3)
+    assert np.abs(images[True] - images[False]).mean() < images[False].std()
+
+
 def test_the_prompt_is_encoded_once_for_both_passes(open_engine: Open) -> None:
     """Text encoders run once where the passes share the prompt, and again where they do not."""
     engine = open_engine()
