@@ -6,7 +6,10 @@ PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 
-INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+INSTALL := .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt
+ASK_INDEX := from urllib.request import urlopen; \
+	urlopen("$(TORCH_INDEX)/torch/", timeout=10); print("--extra-index-url $(TORCH_INDEX)")
+OLD_PYTHON := "Python 3.11 or later is needed; for example: make PYTHON=python3.12"
 SOURCES := $(wildcard engine/*.py engine/*/*.py states/*.py engine/demo/model/*/*)
 
 .PHONY: demo test check docs bench train clean
@@ -44,12 +47,14 @@ clean:
 	rm -rf .venv build demo dist holdfast.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed; for example: make PYTHON=python3.12')"
-	$(PYTHON) -m venv .venv
-	$(INSTALL) --extra-index-url $(TORCH_INDEX) torch torchvision
-	$(INSTALL) -e '.[cli]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and $(OLD_PYTHON))'
+	@echo 'Installing Holdfast and what it needs into .venv: once, a few minutes.'
+	@$(PYTHON) -m venv .venv
+	@$(INSTALL) $$($(PYTHON) -c '$(ASK_INDEX)' 2>/dev/null) torch torchvision
+	@$(INSTALL) -e '.[cli]'
+	@touch $@
 
 .venv/ready-to-test: .venv/ready
-	$(INSTALL) -e '.[dev]'
-	touch $@
+	@echo 'Installing what the tests need into .venv: once, a few minutes.'
+	@$(INSTALL) -e '.[dev]'
+	@touch $@
