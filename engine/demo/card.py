@@ -44,12 +44,12 @@ download. It knows nothing else.
 {prompts} prompts whose combinations of shape, colour and background training never saw, {sampling}
 steps, guidance {guidance}, by a checker that reads pixels. In float32 on diffusers.
 
-| share of pictures in which ... is right | first pass, 64 pixels | after the hires pass, 128 pixels |
+| right, share of pictures | first pass, 64 pixels | hires pass, 128 pixels |
 |---|---|---|
 {rows}
 
-Median overlap (IoU) of the figures in both passes: {overlap:.3f}. Pictures read as outlines: with the
-LoRA {styled:.0%}, without it {unstyled:.0%}.
+Median overlap (IoU) of the figures in both passes: {overlap:.3f}. Pictures read as outlines: with
+the LoRA {styled:.0%}, without it {unstyled:.0%}.
 """
 
 

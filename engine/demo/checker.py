@@ -7,12 +7,15 @@ Knows the palette and the shapes, and nothing of any model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from holdfast.engine.demo.scenes import COLOURS, SHAPES, Description
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Mask = NDArray[np.bool_]
 
@@ -47,7 +50,7 @@ class Reading:
     @property
     def mask(self) -> Mask:
         """Where any figure is."""
-        return np.any([figure.mask for figure in self.figures], axis=0)
+        return np.asarray(np.any([figure.mask for figure in self.figures], axis=0))
 
 
 def read(image: Image.Image) -> Reading:
@@ -73,7 +76,7 @@ def judge(description: Description, reading: Reading) -> dict[str, bool]:
     if len(reading.figures) != len(description.items):
         return verdict | {"colour": False, "shape": False, "position": False}
     found = reading.figures
-    if len(found) == 2 and found[0].colour != description.items[0].colour:
+    if len(found) > 1 and found[0].colour != description.items[0].colour:
         found = found[::-1]
     pairs = list(zip(description.items, found, strict=True))
     return verdict | {

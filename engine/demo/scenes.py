@@ -8,13 +8,16 @@ fractions of the shorter side of the picture, y points down.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Array = NDArray[np.float64]
 
@@ -166,7 +169,7 @@ def describe(rng: np.random.Generator, *, figures: int = 1, held_out: bool = Fal
     while True:
         background = _pick(rng, tuple(COLOURS))
         colours = [c for c in COLOURS if c != background]
-        items = []
+        items: list[Item] = []
         for _ in range(figures):
             colour = colours.pop(int(rng.integers(len(colours))))
             size = _maybe(rng, 0.6, tuple(SIZES))
@@ -225,6 +228,7 @@ def place(description: Description, rng: np.random.Generator) -> Scene:
     background = description.background or _pick(
         rng, tuple(c for c in COLOURS if all(c != item.colour for item in description.items))
     )
+    figures: tuple[Figure, ...]
     if len(description.items) == 1:
         figures = (_place_one(description.items[0], rng),)
     else:
@@ -269,11 +273,10 @@ def _place_two(description: Description, rng: np.random.Generator) -> tuple[Figu
     across = [float(rng.uniform(r + _MARGIN, 1 - r - _MARGIN)) for r in radii]
     if relation in ("right", "below"):
         along, across, radii = along[::-1], across[::-1], radii[::-1]
-    swap = relation in ("above", "below")
-    return tuple(
-        Figure(item.shape, item.colour, *((b, a) if swap else (a, b)), radius)
-        for item, a, b, radius in zip(description.items, along, across, radii, strict=True)
-    )
+    upright = relation in ("above", "below")
+    xs, ys = (across, along) if upright else (along, across)
+    placed = zip(description.items, xs, ys, radii, strict=True)
+    return tuple(Figure(item.shape, item.colour, x, y, radius) for item, x, y, radius in placed)
 
 
 def _polygon(x: Array, y: Array, corners: Array) -> Array:
@@ -286,7 +289,7 @@ def _polygon(x: Array, y: Array, corners: Array) -> Array:
         nearest = np.minimum(nearest, (px - ex * along) ** 2 + (py - ey * along) ** 2)
         if ay != by:
             inside ^= ((ay > y) != (by > y)) & (px < ex * py / ey)
-    return np.where(inside, -1, 1) * np.sqrt(nearest)
+    return np.asarray(np.where(inside, -1.0, 1.0) * np.sqrt(nearest))
 
 
 def _corners(angles: Array, radii: Array | float, *, drop: float = 0.0) -> Array:
@@ -321,11 +324,11 @@ def _heart(x: Array, y: Array) -> Array:
     u, v = (x + y) * np.sqrt(0.5), (x - y) * np.sqrt(0.5)
     square = np.maximum(abs(u), abs(v)) - half
     discs = np.minimum(np.hypot(u + half, v), np.hypot(u, v - half)) - half
-    return np.minimum(square, discs)
+    return np.asarray(np.minimum(square, discs))
 
 
 def _ring(x: Array, y: Array) -> Array:
-    return abs(np.hypot(x, y) - 0.72) - 0.26
+    return np.asarray(abs(np.hypot(x, y) - 0.72) - 0.26)
 
 
 SHAPES: MappingProxyType[str, Callable[[Array, Array], Array]] = MappingProxyType(
@@ -391,4 +394,4 @@ def draw(scene: Scene, width: int, height: int | None = None) -> Image.Image:
             tone = colour + (_shade(colour) - colour) * shaded
         cover = np.clip(0.5 - distance * scale, 0, 1)[..., None]
         patch[:] = patch * (1 - cover) + tone * cover
-    return Image.fromarray(np.uint8(np.round(picture * 255)), "RGB")
+    return Image.fromarray(np.round(picture * 255).astype(np.uint8), "RGB")

@@ -20,6 +20,7 @@ _TWO_FIGURES = 0.4
 _SILENT = 0.1  # prompts that say nothing, for classifier-free guidance
 _SECOND_PASS = 0.7  # of large batches, those that see only the noise that a second pass sees
 _LATEST, _LATEST_SECOND = 1000, 650
+_LATE = 1.5  # over 1: more of the noisy times, at which composition and shapes are decided
 _PLAIN = 0.05  # how far from the background, of 2, a pixel may be that shows no figure
 
 
@@ -54,7 +55,8 @@ class Stock:
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
         large = latents.shape[-1] > parts.LATENT_SIDE
         second = large and rng.random() < _SECOND_PASS
-        times = torch.from_numpy(rng.integers(_LATEST_SECOND if second else _LATEST, size=size))
+        latest = _LATEST_SECOND if second else _LATEST
+        times = torch.from_numpy((latest * (1 - rng.random(size) ** _LATE)).astype(np.int64))
         return spelled.input_ids, latents, self.figures[chosen].float(), noise, times
 
 
@@ -88,9 +90,7 @@ def pictures(count: int, seed: int, *, outlined: float) -> Iterator[Any]:
             yield scenes.draw(scene, SMALL)
 
 
-def encode(
-    vae: Any, size: int, count: int, *, seed: int, outlined: float, file: Path
-) -> Stock:
+def encode(vae: Any, size: int, count: int, *, seed: int, outlined: float, file: Path) -> Stock:
     """
     Draw scenes and encode them once: the latents are kept in a file.
 

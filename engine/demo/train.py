@@ -67,9 +67,8 @@ class Stage:
         self._optimiser = torch.optim.AdamW(
             learned, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
-        self.average = torch.optim.swa_utils.AveragedModel(
-            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
-        )
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)  # type: ignore[no-untyped-call]  # torch leaves it so
+        self.average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
         self._model, self._learned, self._pool = model, learned, parts.two_threads()
 
     def train(
@@ -112,7 +111,7 @@ class Stage:
 
             with torch.autocast("cpu", torch.bfloat16):
                 value = loss(*(part.chunk(2)[which] for part in batch)) / 2
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]  # torch leaves it so
             return float(value.detach())
 
         return sum(self._pool.map(half, (0, 1)))
@@ -143,7 +142,11 @@ def _tell(text: str) -> None:
 def train_vae(recipe: Recipe, work: Path) -> Any:
     """Train the VAE on L1 and a little KL; its latents then have a deviation of 1.5."""
     import torch
+    from diffusers import AutoencoderKL
 
+    done = work / "vae"
+    if done.exists():
+        return AutoencoderKL.from_pretrained(done).eval()
     torch.manual_seed(recipe.seed)
     drawn = stock.pictures(recipe.vae_pictures, recipe.seed, outlined=recipe.outlined)
     pixels = stock.to_pixels(list(drawn))
@@ -156,13 +159,15 @@ def train_vae(recipe: Recipe, work: Path) -> Any:
     def loss(pixels: torch.Tensor) -> torch.Tensor:
         posterior = vae.encode(pixels).latent_dist
         restored = vae.decode(posterior.sample()).sample
-        kl = posterior.kl().float().mean() / pixels[0].numel()
-        return (restored.float() - pixels).abs().mean() + 3e-3 * kl
+        kl: torch.Tensor = posterior.kl().float().mean() / pixels[0].numel()
+        error: torch.Tensor = (restored.float() - pixels).abs().mean()
+        return error + 3e-3 * kl
 
     vae = Stage("vae", work / "vae.pt", recipe.vae_steps, 2e-3, vae).train(batch, loss)
     with torch.no_grad():
         spread = vae.encode(pixels[:512]).latent_dist.mean.std()
     vae.register_to_config(scaling_factor=_LATENT_SPREAD / float(spread))
+    vae.save_pretrained(done)
     return vae
 
 
@@ -187,7 +192,8 @@ def _velocity_loss(text: Any, unet: Any) -> Callable[..., torch.Tensor]:
         said = unet(signal * latents + spread * noise, times, states).sample
         error = said.float() - (signal * noise - spread * latents)
         share = figures.mean((1, 2, 3), keepdim=True).clamp(min=0.1)
-        return ((1 + figures / share) / 2 * error**2).mean()
+        weighed: torch.Tensor = (1 + figures / share) / 2 * error**2
+        return weighed.mean()
 
     return loss
 

@@ -1,4 +1,4 @@
-"""What the demo model draws from prompts that it never saw, read by a checker that knows no model."""
+"""What the demo model draws from prompts that it never saw, as a checker reads it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def shares(gallery: list[Any], reading: str, *, figures: int) -> dict[str, float
 
 
 def sharpness(image: Image.Image) -> float:
-    """Sum the squared steps between neighbouring pixels: one edge counts more the narrower it is."""
+    """Sum the squared steps between neighbours: an edge counts more the narrower it is."""
     pixels = np.asarray(image.convert("RGB"), dtype=float)
     return float((np.diff(pixels, axis=0) ** 2).sum() + (np.diff(pixels, axis=1) ** 2).sum())
 
@@ -80,7 +80,7 @@ def test_the_second_pass_keeps_the_figures_in_place(drawn: list[Any]):
 
 
 def test_a_second_pass_from_noise_would_be_seen(demo_engine: Engine, drawn: list[Any]):
-    """Made as txt2img of another seed at the large size, figures overlap the first pass under 0.6."""
+    """Made from noise by another seed, large figures overlap the first pass under 0.6."""
     overlaps = []
     for each in drawn[:30]:
         wrong = demo_engine.run(
@@ -94,7 +94,7 @@ def test_a_second_pass_from_noise_would_be_seen(demo_engine: Engine, drawn: list
 
 
 def test_the_second_pass_sharpens(drawn: list[Any]):
-    """Edges are sharper than those of the first pass enlarged by Lanczos, in nine of ten pictures."""
+    """Edges are sharper than Lanczos makes them of the first pass, in nine of ten pictures."""
     ratios = [
         sharpness(each.final) / sharpness(enlarged(each.first, each.final.size)) for each in drawn
     ]
