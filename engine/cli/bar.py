@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _REFRESH_SECONDS = 0.1
-_WORDS = {"queued": "finding the model; the first time it is exported"}
 
 
 def wait(engine: Engine, job: Job[T]) -> T:
@@ -50,7 +49,8 @@ def wait(engine: Engine, job: Job[T]) -> T:
     compiling: dict[str, str] = {}
 
     def note(beat: CompileHeartbeat) -> None:
-        compiling["prepare"] = f"compiling {beat.component}, {beat.elapsed_seconds:.0f} s"
+        words = f"compiling {beat.component}, {beat.elapsed_seconds:.0f} s"
+        compiling[job.progress.phase] = words
 
     stop_noting = engine.subscribe(note, (CompileHeartbeat,))
     try:
@@ -58,7 +58,7 @@ def wait(engine: Engine, job: Job[T]) -> T:
             task = bar.add_task("", total=1.0, left="")
             while not job.done():
                 place = job.progress
-                words = compiling.get(place.phase.partition(" ")[0]) or _words(place)
+                words = _words(place, compiling.get(place.phase, ""))
                 bar.update(task, completed=place.fraction, description=words, left=_left(place))
                 with contextlib.suppress(TimeoutError):
                     job.exception(_REFRESH_SECONDS)
@@ -71,9 +71,12 @@ def wait(engine: Engine, job: Job[T]) -> T:
     return job.result()
 
 
-def _words(place: Place) -> str:
-    words = _WORDS.get(place.phase, place.phase)
-    return words if place.step is None else f"{words}, step {place.step} of {place.steps}"
+def _words(place: Place, compiling: str) -> str:
+    if place.step is not None:
+        return f"{place.phase}, step {place.step} of {place.steps}"
+    if place.phase == "queued":
+        return "finding the model; the first time it is exported"
+    return compiling or place.phase.replace("prepare", "preparing pass")
 
 
 def _left(place: Place) -> str:
