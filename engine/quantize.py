@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from holdfast.states import Emit
 
 Kind = Literal["int8", "int8-weights"]
+KINDS: tuple[Kind, ...] = ("int8", "int8-weights")
 
 PROMPTS = (
     "a large red circle on a blue background",

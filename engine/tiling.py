@@ -14,6 +14,35 @@ if TYPE_CHECKING:
 
     import torch
 
+_LIVE_DECODE = 9.6
+_LIVE_ENCODE = 4.6
+"""Full-size feature maps of the VAE's first width that are in memory at once, as measured."""
+
+
+def decode_bytes(width: int, height: int, vae_width: int, precision: str) -> int:
+    """
+    Return what activations take at most while an image is decoded whole, in bytes.
+
+    Held against the rise of the largest resident set on CPU (OpenVINO 2026.4), from 256x256 to
+    1024x1024 with the VAE of Stable Diffusion 1.5: within a tenth.
+
+    Args:
+        width: Pixels.
+        height: Pixels.
+        vae_width: Channels of the VAE at full size, the first of its ``block_out_channels``.
+        precision: ``"f32"``, or one of the 16-bit ones.
+    """
+    return _activation_bytes(_LIVE_DECODE, width, height, vae_width, precision)
+
+
+def encode_bytes(width: int, height: int, vae_width: int, precision: str) -> int:
+    """Return the same for an image that is encoded whole."""
+    return _activation_bytes(_LIVE_ENCODE, width, height, vae_width, precision)
+
+
+def _activation_bytes(live: float, width: int, height: int, vae_width: int, precision: str) -> int:
+    return round(live * width * height * vae_width * (4 if precision == "f32" else 2))
+
 
 def decode_tiled(
     decode: Callable[[torch.Tensor], torch.Tensor],
