@@ -41,7 +41,7 @@ class Recipe:
     vae_pictures: int = 5_000
     small_scenes: int = 16_000
     large_scenes: int = 2_400
-    steps: int = 6_000
+    steps: int = 20_000
     small_batch: int = 24
     large_batch: int = 6
     large_every: int = 6
@@ -139,6 +139,21 @@ def _tell(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)  # noqa: T201 a command's output
 
 
+def _pixel_batches(
+    pixels: torch.Tensor, recipe: Recipe
+) -> Callable[[int], tuple[torch.Tensor, ...]]:
+    """Choose pictures for each step, and noise in the shape of their latents."""
+    import torch
+
+    def batch(step: int) -> tuple[torch.Tensor, ...]:
+        rng = np.random.default_rng((recipe.seed, step))
+        chosen = pixels[rng.integers(len(pixels), size=recipe.vae_batch)]
+        shape = (len(chosen), 4, parts.LATENT_SIDE, parts.LATENT_SIDE)
+        return chosen, torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+
+    return batch
+
+
 def train_vae(recipe: Recipe, work: Path) -> Any:
     """Train the VAE on L1 and a little KL; its latents then have a deviation of 1.5."""
     import torch
@@ -152,18 +167,15 @@ def train_vae(recipe: Recipe, work: Path) -> Any:
     pixels = stock.to_pixels(list(drawn))
     vae = parts.autoencoder()
 
-    def batch(step: int) -> tuple[torch.Tensor, ...]:
-        rng = np.random.default_rng((recipe.seed, step))
-        return (pixels[rng.integers(len(pixels), size=recipe.vae_batch)],)
-
-    def loss(pixels: torch.Tensor) -> torch.Tensor:
+    def loss(pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         posterior = vae.encode(pixels).latent_dist
-        restored = vae.decode(posterior.sample()).sample
+        restored = vae.decode(posterior.mean + posterior.std * noise).sample
         kl: torch.Tensor = posterior.kl().float().mean() / pixels[0].numel()
         error: torch.Tensor = (restored.float() - pixels).abs().mean()
         return error + 3e-3 * kl
 
-    vae = Stage("vae", work / "vae.pt", recipe.vae_steps, 2e-3, vae).train(batch, loss)
+    stage = Stage("vae", work / "vae.pt", recipe.vae_steps, 2e-3, vae)
+    vae = stage.train(_pixel_batches(pixels, recipe), loss)
     with torch.no_grad():
         spread = vae.encode(pixels[:512]).latent_dist.mean.std()
     vae.register_to_config(scaling_factor=_LATENT_SPREAD / float(spread))
