@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks``: measure, and write docs/performance.md, its plot, its raw figures."""
+"""``python -m tests.benchmarks``: measure; write docs/performance.md, a plot and raw figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = ("peers", "int8", "images", "costs", "changes", "large")
 
 
 def main() -> None:
-    """Measure what was asked for, one part after the other; each part is written when it is done."""
+    """Measure one part after the other; each is written when it is done."""
     arguments = _arguments()
     folder = arguments.work_dir
     folder.mkdir(parents=True, exist_ok=True)

@@ -157,11 +157,11 @@ def plot(measured: Mapping[str, Measured]) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot as plt
 
     shown = [system for system in measured if system != "Floor"]
     labels = [LABELS[system].replace("`", "") for system in shown]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 0.5 * len(shown) + 1.2), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.5 * len(shown) + 1.2), sharey=True)
     left.barh(labels, [measured[system].median("warm_cpu") for system in shown], color="#4c72b0")
     if "Floor" in measured:
         left.axvline(measured["Floor"].median("warm_cpu"), color="black", linestyle=":")
