@@ -126,6 +126,10 @@ EVENTS: Mapping[str, EventSpec] = MappingProxyType({
     "recompile.policy": EventSpec(
         "the way a recompile takes: stage_first or evict_first", ("policy", "why")
     ),
+    "recompile.failed": EventSpec(
+        "a recompile failed; what was given up for it is compiled again now",
+        ("error", "given_up"), level="error",
+    ),
     "view.created": EventSpec("a pipeline view was built", ("mode", "pipeline", "compiles")),
     "view.refused": EventSpec(
         "a pass was about to run on the wrong pipeline and was stopped",

@@ -157,8 +157,8 @@ class CompiledPipeline:
         try:
             self.store.serve(move.service, self.store.stage(move))
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is undone and goes on
-            self._roll_back(move, before, error)
-            raise _told(error, move) from error.__cause__
+            given_up = self._roll_back(move, before, error)
+            raise _told(error, move, given_up=given_up) from error.__cause__
         if move.action != "reuse":
             self._fire(_TRIGGERS[move.action](move.mode), move.reason)
             self.store.done.append(Step(move.action, str(move.mode)))
@@ -312,7 +312,11 @@ class CompiledPipeline:
 
     def _roll_back(
         self, move: Move, before: Mapping[str, ComponentKey], error: BaseException
-    ) -> None:
+    ) -> bool:
+        """Put back what served before a move, and return whether some had been given up."""
+        given_up = [key.digest for key in before.values() if key not in self.store.held]
+        if move.action == "recompile":
+            self._emit("recompile.failed", error=_named(error), given_up=given_up)
         job, self._job = self._job, None  # a cancelled job must not stop its own rolling back
         try:
             self.store.restore(before)
@@ -331,7 +335,8 @@ class CompiledPipeline:
         finally:
             self._job = job
         if move.action == "recompile":
-            self._fire(Trigger.RECOMPILE_ROLLED_BACK, f"{type(error).__name__}: {error}")
+            self._fire(Trigger.RECOMPILE_ROLLED_BACK, _named(error))
+        return bool(given_up)
 
     def _fire(self, trigger: Trigger, reason: str) -> None:
         self.lifecycle.fire(trigger, reason=reason, rss_bytes=resident_bytes())
@@ -355,14 +360,18 @@ _TRIGGERS: Mapping[Action, Callable[[Mode], Trigger]] = {
 }
 
 
-def _told(error: BaseException, move: Move) -> BaseException:
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _told(error: BaseException, move: Move, *, given_up: bool) -> BaseException:
     """Return a failed move's error as the host gets it: it says what is in service."""
     ours = isinstance(error, HoldfastError) and not isinstance(error, CompileError)
     if ours or not isinstance(error, Exception):
         return error
     if move.action == "load":
         now = "Nothing is in service; load again once the cause is gone."
-    elif move.evicts_first:
+    elif given_up:
         now = (
             "What served before had been given up, was compiled again and is in service. Change "
             "the setting back, or see `holdfast doctor`."
@@ -370,7 +379,7 @@ def _told(error: BaseException, move: Move) -> BaseException:
     else:
         now = "What served before still does. Change the setting back, or see `holdfast doctor`."
     component, key = _blamed(error, move)
-    text = str(error) if isinstance(error, CompileError) else f"{type(error).__name__}: {error}."
+    text = str(error) if isinstance(error, CompileError) else f"{_named(error)}."
     return CompileError(f"{text} {now}", component=component, key=key)
 
 

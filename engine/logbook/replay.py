@@ -231,6 +231,7 @@ _FOLDS: Mapping[str, Callable[[Course, Mapping[str, Any]], None]] = {
     "component.evicted": _evicted,
     "engine.snapshot": _snapped,
     "cancel.observed": _off_plan,
+    "recompile.failed": _off_plan,
     "plan.made": _planned,
     "request.started": _request_began,
     "request.completed": _request_ended,

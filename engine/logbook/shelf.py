@@ -75,5 +75,5 @@ class Shelf:
         self.held |= restored
 
     def drop_staged(self) -> None:
-        """Forget what a failed move has staged."""
-        self._staged = {}
+        """Forget what a failed move has staged, and what it had fused for a compile to come."""
+        self._staged, self._fused = {}, {}

@@ -105,7 +105,7 @@ def live_components() -> int:
     from holdfast.engine.compiler import Component
 
     gc.collect()
-    return sum(isinstance(each, Component) for each in gc.get_objects())
+    return sum(type(each) is Component for each in gc.get_objects())
 
 
 def write_lora(
