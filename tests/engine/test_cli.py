@@ -311,7 +311,7 @@ def test_an_interrupt_keeps_the_first_pass(tiny_ir: Path, tmp_path: Path):
     finally:
         process.kill()
         process.wait()
-    assert (process.returncode, err) == (130, "holdfast: interrupted\n")
+    assert (err, process.returncode) == ("holdfast: interrupted\n", 130)
     assert out == "first.png: first pass, 64x64\n"
     assert size_of(tmp_path / "first.png") == (64, 64)
     assert not (tmp_path / "out.png").exists()
