@@ -102,7 +102,7 @@ def text_encoder(tokens: Any) -> Any:
             projection_dim=128,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=PROMPT_TOKENS,
+            max_position_embeddings=77,  # CLIP's, which programs take for granted
             bos_token_id=tokens.bos_token_id,
             eos_token_id=tokens.eos_token_id,
             pad_token_id=tokens.pad_token_id,
