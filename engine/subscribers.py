@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-    from holdfast.engine.events import Emitter
     from holdfast.engine.owner import Owner
     from holdfast.engine.progress import Progress
 
@@ -102,7 +101,7 @@ class Degraded(Event):
 @dataclass(frozen=True, kw_only=True)
 class Finished(Event):
     """
-    A request ended.
+    A request ended, and its job with it: `Job.result` does not wait any more.
 
     Attributes:
         status: ``"done"``, ``"failed"`` or ``"cancelled"``, as its job has it.
@@ -160,7 +159,7 @@ class Subscribers:
             if self._closed:
                 msg = "a subscriber came to an engine that is closed; open another engine"
                 raise EngineClosed(msg)
-            subscriber = _Subscriber(callback, wanted, preview_every, self._owner.emit)
+            subscriber = _Subscriber(callback, wanted, preview_every, self._owner)
             self._all += (subscriber,)
             listening, self._listening = self._listening, True
         if not listening:
@@ -227,12 +226,12 @@ class _Subscriber:
         callback: Callable[[Any], object],
         kinds: tuple[type[Event], ...],
         preview_every: int,
-        emit: Emitter,
+        owner: Owner,
     ) -> None:
         self._callback = callback
         self._kinds = kinds
         self._preview_every = preview_every
-        self._emit = emit
+        self._owner = owner
         self._waiting: deque[Event] = deque()
         self._changed = threading.Condition()
         self._open = True
@@ -281,10 +280,20 @@ class _Subscriber:
 
     def _deliver(self) -> None:
         while (event := self._next()) is not None:
+            if isinstance(event, Finished):
+                self._let_end(event)
             try:
                 self._callback(event)
             except BaseException as error:  # noqa: BLE001 - whatever a host's callback raises, the next event comes
-                self._emit("subscriber.failed", error=repr(error), subscriber=repr(self._callback))
+                self._owner.emit(
+                    "subscriber.failed", error=repr(error), subscriber=repr(self._callback)
+                )
+
+    def _let_end(self, event: Finished) -> None:
+        """Wait for the moment in which the job ends, which comes right after it is logged."""
+        job = self._owner.running
+        if job is not None and job.request_id == event.request_id:
+            job.exception()
 
     def _next(self) -> Event | None:
         with self._changed:

@@ -127,6 +127,31 @@ def test_a_finish_tells_how(
     assert listener.events == [Finished(request_id="r1", status=status)]
 
 
+def test_a_finished_request_has_an_ended_job(bench: Bench, subscribers: Subscribers) -> None:
+    """When a subscriber hears of the end, the job has its status and its result."""
+    jobs: dict[str, Job[int]] = {}
+    heard: list[object] = []
+    known = threading.Event()
+
+    def work(job: Job[int]) -> int:
+        assert known.wait(PATIENCE)
+        bench.emit("request.completed", request_id=job.request_id, seconds=1.0)
+        return 5
+
+    def hear(event: Finished) -> None:
+        job = jobs[str(event.request_id)]
+        heard.append((job.status, job.result(timeout=0)))
+
+    subscribers.subscribe(hear, [Finished])
+    for number in range(100):
+        known.clear()
+        job = jobs[str(number)] = bench.owner.submit("x", work, request_id=str(number))
+        known.set()
+        job.result(PATIENCE)
+    subscribers.close()
+    assert heard == [("done", 5)] * 100
+
+
 def test_a_request_that_never_began_finishes_too(bench: Bench, subscribers: Subscribers) -> None:
     """Cancelling a waiting request tells its subscribers, once."""
     listener = Listener()
