@@ -1,0 +1,75 @@
+"""
+A Gradio page: both passes, a live preview, progress, and a cancel that keeps the first pass.
+
+Run it with `python gradio_host.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from holdfast.engine import Engine, Hires, HoldfastError
+from holdfast.engine.subscribers import Preview
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from holdfast.engine import Job, Result
+
+PROMPT = "a large red circle on a blue background"
+
+
+def page(engine: Engine) -> gr.Blocks:
+    """Build the page on an engine."""
+    jobs: dict[str, Job[Result]] = {}
+
+    def generate(prompt: str, seed: int, steps: int, request: gr.Request) -> Iterator[Any]:
+        job = engine.submit(Hires(prompt=prompt, seed=int(seed), steps=int(steps), scale=2.0))
+        jobs[str(request.session_hash)] = job
+        newest: dict[str, Preview] = {}
+        unsubscribe = engine.subscribe(
+            lambda seen: newest.update({seen.request_id: seen}), [Preview]
+        )
+        while not job.done():
+            preview = newest.get(job.request_id)
+            yield preview and preview.image.resize((256, 256)), None, None, words(job)
+            time.sleep(0.1)
+        unsubscribe()
+        first = job.kept[0] if job.kept else None
+        try:
+            yield first, first, job.result().images[0], words(job)
+        except HoldfastError as error:
+            yield first, first, None, str(error)
+
+    def cancel(request: gr.Request) -> None:
+        if (job := jobs.get(str(request.session_hash))) is not None:
+            job.cancel(keep="first_pass")
+
+    with gr.Blocks(title="Holdfast", analytics_enabled=False) as blocks:
+        with gr.Row():
+            prompt = gr.Textbox(PROMPT, label="Prompt", scale=4)
+            seed = gr.Number(7, label="Seed", precision=0)
+            steps = gr.Slider(1, 100, 20, step=1, label="Steps")
+        with gr.Row():
+            go, stop = gr.Button("Generate", variant="primary"), gr.Button("Cancel")
+        said = gr.Textbox(label="Status", interactive=False)
+        with gr.Row():
+            images = [gr.Image(label=name) for name in ("Preview", "First pass", "Second pass")]
+        go.click(generate, [prompt, seed, steps], [*images, said], show_progress="hidden")
+        stop.click(cancel)
+    return blocks
+
+
+def words(job: Job[Result]) -> str:
+    """Say where a job stands."""
+    said = f"{job.status}: {job.progress.phase}, {job.progress.fraction:.0%}"
+    left = job.progress.remaining_seconds
+    return f"{said}, {left:.0f} s to go" if left else said
+
+
+if __name__ == "__main__":
+    with Engine("demo") as served:
+        page(served).launch()

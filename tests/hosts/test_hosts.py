@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import socket
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from PIL import Image
+
+from holdfast.engine import Cancelled, Engine, Hires, Txt2Img
+from holdfast.engine.subscribers import Preview, Progressed
+
+from .conftest import EXAMPLES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+    from types import ModuleType
+
+    Example = Callable[..., ModuleType]
+
+PROMPT = "a large red circle on a blue background"
+PATIENCE = 600.0
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_short(path: Path) -> None:
+    """Every example fits on a page or two: under 80 lines."""
+    assert len(path.read_text().splitlines()) < 80
+
+
+# A plain script -----------------------------------------------------------------------------------
+
+
+def test_a_script_makes_both_passes(
+    engine: Engine, example: Example, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script's image is the engine's own, with its infotext, and the terminal saw progress."""
+    script = example("script")
+    assert script.make(engine, PROMPT, tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as image:
+        right = engine.run(Hires(prompt=PROMPT, seed=7, scale=2.0)).images[0]
+        assert image.tobytes() == right.tobytes()
+        assert image.info["parameters"].startswith(PROMPT)
+    assert "% " in capsys.readouterr().out
+
+
+def test_an_interrupted_script_keeps_the_first_pass(
+    engine: Engine, example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the second pass leaves the first pass's image, and the script knows."""
+    script = example("script")
+    right = engine.run(Hires(prompt=PROMPT, seed=7, scale=2.0)).first_pass[0]
+
+    def interrupt(progress: Any) -> None:
+        if progress.pass_number == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "show", interrupt)
+    monkeypatch.setattr(script, "Hires", lambda **fields: Hires(**fields, hires_steps=200))
+    assert not script.make(engine, PROMPT, tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.tobytes() == right.tobytes()
+
+
+# asyncio ------------------------------------------------------------------------------------------
+
+
+def test_a_loop_awaits_many_jobs(engine: Engine, example: Example) -> None:
+    """Results come in the order of the requests; progress ends at 1; the loop is never blocked."""
+    host = example("asyncio_host")
+    fractions: list[float] = []
+    beats = 0
+
+    async def beat() -> None:
+        nonlocal beats
+        while True:
+            beats += 1
+            await asyncio.sleep(0)
+
+    async def main() -> list[Any]:
+        beating = asyncio.create_task(beat())
+        results: list[Any] = await host.gallery(engine, fractions.append)
+        beating.cancel()
+        return results
+
+    results = asyncio.run(main())
+    assert [result.seeds for result in results] == [(1,), (2,), (3,)]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1
+    assert beats > 100
+
+
+def test_a_loop_stops_jobs(engine: Engine, example: Example) -> None:
+    """A deadline that passes is a Cancelled, and a visitor who leaves takes his job along."""
+    host = example("asyncio_host")
+    engine.run(Txt2Img(prompt=PROMPT, steps=1))
+    error = asyncio.run(host.impatient(engine, 0.05))
+    assert isinstance(error, Cancelled)
+    assert "its deadline of 0.05 s passed" in str(error)
+
+    async def leave() -> None:
+        task = asyncio.create_task(host.visitor(engine))
+        while engine.activity != "running":
+            assert not task.done()
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(leave())
+    assert engine.run(Txt2Img(prompt=PROMPT, steps=1)).images
+    log = (engine.config.log_file or EXAMPLES).read_text().splitlines()
+    ended = [json.loads(line)["event"] for line in log if '"event":"request.' in line]
+    assert ended.count("request.cancelled") == 2
+
+
+# FastAPI ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def web(engine: Engine, example: Example, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of the service, which runs in a real server: only that one streams."""
+    host = example("fastapi_host", "fastapi", "httpx", "uvicorn")
+    import httpx
+    import uvicorn
+
+    monkeypatch.setattr(host, "Engine", lambda _: engine)
+    server = uvicorn.Server(uvicorn.Config(host.service, port=0, log_level="error"))
+    listening = socket.create_server(("127.0.0.1", 0))
+    serving = threading.Thread(target=server.run, args=([listening],))
+    serving.start()
+    address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    with httpx.Client(base_url=address, timeout=PATIENCE) as client:
+        yield client
+    server.should_exit = True
+    serving.join(PATIENCE)
+    assert not serving.is_alive()
+    assert engine.close(timeout=PATIENCE)
+
+
+def told(client: Any, job_id: str) -> Iterator[dict[str, Any]]:
+    with client.stream("GET", f"/jobs/{job_id}/events") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        for line in stream.iter_lines():
+            if line.startswith("data:"):
+                yield json.loads(line.removeprefix("data:"))
+
+
+def test_a_service_streams_progress_and_serves_the_image(engine: Engine, web: Any) -> None:
+    """Server-sent events tell of a request until it is done; its image is a PNG."""
+    request = Hires(prompt=PROMPT, seed=7, steps=8)
+    posted = web.post("/jobs", json=json.loads(request.to_json()))
+    assert posted.status_code == 202
+    job_id = posted.json()["id"]
+    events = list(told(web, job_id))
+    assert events[-1]["status"] == "done"
+    assert events[-1]["fraction"] == 1
+    fractions = [event["fraction"] for event in events]
+    assert fractions == sorted(fractions)
+    served = web.get(f"/jobs/{job_id}/image")
+    assert served.headers["content-type"] == "image/png"
+    with Image.open(io.BytesIO(served.content)) as image:
+        assert image.tobytes() == engine.run(request).images[0].tobytes()
+
+
+def test_a_service_stops_a_job_for_its_holder_only(web: Any) -> None:
+    """An id stops its own job; another one, such as the log tells, stops none."""
+    long = Hires(prompt=PROMPT, seed=7, steps=1000)
+    first, second = (
+        web.post("/jobs", json=json.loads(long.to_json())).json()["id"] for _ in range(2)
+    )
+    for guess in ("hires-1", "hires-2", first[:-1], "0"):
+        assert web.delete(f"/jobs/{guess}").status_code == 404
+    assert web.delete(f"/jobs/{second}").json() == {"asked": True}
+    assert web.get(f"/jobs/{second}/image").status_code == 404
+    statuses = []
+    for event in told(web, first):
+        if not statuses:
+            assert web.delete(f"/jobs/{first}").json() == {"asked": True}
+        statuses.append(event["status"])
+    assert statuses[0] in ("queued", "running")
+    assert statuses[-1] == "cancelled"
+
+
+def test_a_service_says_what_is_wrong(web: Any) -> None:
+    """A bad request is answered with the engine's words."""
+    for request, words in (
+        ({"kind": "txt2img", "steps": 0}, "steps"),
+        ({"kind": "poem"}, "kind"),
+    ):
+        answer = web.post("/jobs", json=request)
+        assert answer.status_code == 422
+        assert words in answer.json()["detail"]
+    job_id = web.post("/jobs", json={"kind": "txt2img", "width": 65}).json()["id"]
+    assert list(told(web, job_id))[-1]["status"] == "failed"
+    answer = web.get(f"/jobs/{job_id}/image")
+    assert answer.status_code == 422
+    assert "multiples of 16" in answer.json()["detail"]
+    assert web.get("/jobs/none/events").status_code == 404
+
+
+# Qt -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def desktop(monkeypatch: pytest.MonkeyPatch, example: Example) -> Any:
+    monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
+    host = example("qt_host", "PySide6")
+    from PySide6.QtWidgets import QApplication
+
+    host.application = QApplication.instance() or QApplication([])
+    return host
+
+
+def turn(until: Callable[[], bool]) -> None:
+    """Let the windows live until something holds."""
+    from PySide6.QtCore import QDeadlineTimer, QEventLoop
+
+    # Not QApplication.processEvents: in PySide6 6.12 each call of it takes a reference from None.
+    loop, deadline = QEventLoop(), QDeadlineTimer(int(PATIENCE * 1000))
+    while not until():
+        assert not deadline.hasExpired()
+        loop.processEvents(QEventLoop.ProcessEventsFlag.AllEvents, 20)
+
+
+def test_a_window_shows_previews_progress_and_the_image(engine: Engine, desktop: Any) -> None:
+    """Clicking Generate runs both passes; previews and progress come while the window lives."""
+    window = desktop.Window(engine)
+    seen: list[object] = []
+    threads: set[int] = set()
+
+    def note(event: object) -> None:
+        seen.append(type(event))
+        threads.add(threading.get_ident())
+
+    window.told.connect(note)
+    window.button.click()
+    assert window.button.text() == "Stop"
+    turn(lambda: window.button.text() == "Generate")
+    right = engine.run(Hires(prompt=PROMPT, seed=7, scale=2.0)).images[0]
+    shown = window.picture.pixmap().toImage()
+    assert (shown.width(), shown.height()) == right.size
+    for place in ((0, 0), (5, 9), (right.width - 1, right.height - 1)):
+        assert shown.pixelColor(*place).getRgb()[:3] == right.getpixel(place)
+    assert window.bar.value() == 1000
+    assert seen.count(Preview) > 10
+    assert seen.count(Progressed) > 10
+    window.close()
+
+
+def test_a_window_stops_its_job(
+    engine: Engine, desktop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clicking Stop in the second pass ends the job and leaves the first pass in the window."""
+    monkeypatch.setattr(desktop, "Hires", lambda **fields: Hires(**fields, hires_steps=500))
+    window = desktop.Window(engine)
+    window.button.click()
+    job = window.job
+    turn(lambda: job.progress.pass_number == 2)
+    window.button.click()
+    turn(lambda: window.button.text() == "Generate")
+    assert job.status == "cancelled"
+    shown = window.picture.pixmap().toImage()
+    assert (shown.width(), shown.height()) == job.kept[0].size
+    assert shown.pixelColor(3, 3).getRgb()[:3] == job.kept[0].getpixel((3, 3))
+    window.close()
+
+
+# All ----------------------------------------------------------------------------------------------
+
+
+def test_an_example_says_nothing_when_it_is_imported() -> None:
+    """Loading the examples without any extra package prints nothing and loads no model."""
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, script, asyncio_host; print('torch' in sys.modules)",
+        ],
+        cwd=EXAMPLES,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert (ran.stdout, ran.stderr) == ("False\n", "")
