@@ -240,7 +240,8 @@ class Engine:
             IllegalTransition: Nothing is loaded.
             CompileError: A component could not be compiled; what served before still does.
         """
-        return self._owner.call("recompile", lambda job: self._service.recompile(job))
+        made: Plan = self._owner.call("recompile", self._service.recompile)
+        return made
 
     def unload(self) -> None:
         """Give all components and their memory back. State afterwards: ``unloaded``."""

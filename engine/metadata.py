@@ -89,16 +89,14 @@ def _hires_facts(request: Hires, first: PassSpec, last: PassSpec, index: int) ->
         facts["Hires resize"] = f"{last.width}x{last.height}"
     facts["Hires steps"] = last.steps
     facts["Hires upscaler"] = UPSCALERS[request.upscaler].label
-    for name, before, after in (
+    changed = (
         ("Hires prompt", first.prompt, last.prompt),
         ("Hires negative prompt", first.negative_prompt, last.negative_prompt),
         ("Hires sampler", _sampler(first.scheduler), _sampler(last.scheduler)),
         ("Hires CFG Scale", f"{first.guidance:g}", f"{last.guidance:g}"),
         ("Hires seed", first.seeds[index], last.seeds[index]),
-    ):
-        if before != after:
-            facts[name] = after
-    return facts
+    )
+    return facts | {name: after for name, before, after in changed if before != after}
 
 
 def png_chunks(text: str, private: dict[str, object]) -> PngInfo:

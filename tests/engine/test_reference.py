@@ -30,7 +30,7 @@ def engine(tiny_sd: Path, tiny_cache: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def torch_pipelines(tiny_sd: Path) -> tuple[Any, Any]:
-    """diffusers' txt2img and img2img pipelines on the same weights."""
+    """The txt2img and img2img pipelines of diffusers on the same weights."""
     heavy()
     import diffusers
 
