@@ -73,10 +73,10 @@ def kinds_of_constants(graph: Path) -> dict[str, str]:
 def test_an_8_bit_denoiser_computes_nearly_the_same(
     quantized: tuple[str, Path, list[Any]], model: ModelFolder
 ):
-    """On fixed noise its output differs by less than a tenth of the spread of the exact one."""
+    """Even on noise, unlike what its ranges were observed on, it is off by less than a fifth."""
     exact = evaluate(model.component_path("unet"))
     apart = np.linalg.norm(evaluate(quantized[1]) - exact) / np.linalg.norm(exact - exact.mean())
-    assert 0 < apart < 0.1
+    assert 0 < apart < 0.2
 
 
 def test_weights_are_8_bits_but_for_the_layers_that_are_kept(
