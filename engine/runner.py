@@ -20,6 +20,7 @@ from holdfast.engine.passes import (
     encode_pixels,
     run_pass,
 )
+from holdfast.engine.result import Degradation
 from holdfast.engine.tiling import decode_tiled, encode_tiled
 from holdfast.engine.upscale import UPSCALERS, upscale_image, upscale_latents
 
@@ -59,6 +60,7 @@ class Runner:
 
     Attributes:
         timings: Seconds by phase so far.
+        degradations: What was done otherwise than a host would expect.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Runner:
         log_prompts: bool,
     ) -> None:
         self.timings: dict[str, float] = {}
+        self.degradations: list[Degradation] = []
         self._pipeline = pipeline
         self._plan = plan
         self._prompts = prompts
@@ -204,7 +207,14 @@ class Runner:
         if part.key.shape != DYNAMIC:
             return False
         room = self._pipeline.budget - sum(self._pipeline.store.held.values())
-        return self._pipeline.model.vae_bytes(width, height, part.precision) > room
+        if self._pipeline.model.vae_bytes(width, height, part.precision) <= room:
+            return False
+        # A VAE's group norms see the whole image, so that tiles are not quite the same.
+        told = Degradation("vae_tiled", f"{component} on {width}x{height} at once", f"{TILE} tiles")
+        if told not in self.degradations:
+            self.degradations.append(told)
+            self._emit("degradation", kind=told.kind, asked=told.asked, given=told.given)
+        return True
 
     @contextlib.contextmanager
     def _timed(self, phase: str, progress: str) -> Iterator[None]:

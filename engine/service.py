@@ -207,7 +207,7 @@ class Service:
             "width": images[0].width,
             "height": images[0].height,
             "output_digest": digest(images),
-            "degradations": len(degradations),
+            "degradations": len(degradations) + len(runner.degradations),
             "rss_bytes": resident_bytes(),
         }
         provenance = self._provenance(passes)
@@ -217,7 +217,7 @@ class Service:
             seeds=seeds,
             request=request,
             timings=timings,
-            degradations=degradations,
+            degradations=(*degradations, *runner.degradations),
             infotexts=tuple(
                 infotext(request, passes, index, provenance) for index in range(len(images))
             ),
