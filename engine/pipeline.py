@@ -31,7 +31,6 @@ from holdfast.states import Lifecycle, Trigger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
 
     from holdfast.engine.config import EngineConfig
     from holdfast.engine.diskcache import DiskCache
@@ -168,7 +167,7 @@ class CompiledPipeline:
         view = self._views.get(mode)
         if view is None or not view.serves(self.store.service):
             view = self._views[mode] = make_view(
-                self.model, mode, self.store.service, self._interruptible, self._emit
+                self.model, mode, self.store.service, self._checkpoint, self._emit
             )
         return view
 
@@ -344,13 +343,6 @@ class CompiledPipeline:
     def _checkpoint(self, phase: str) -> None:
         if self._job is not None:
             self._job.checkpoint(phase)
-
-    def _interruptible(
-        self, phase: str, interrupt: Callable[[], None]
-    ) -> AbstractContextManager[None]:
-        if self._job is None:
-            return contextlib.nullcontext()
-        return self._job.interruptible(phase, interrupt)
 
 
 _TRIGGERS: Mapping[Action, Callable[[Mode], Trigger]] = {

@@ -18,7 +18,6 @@ from holdfast.engine.memory import trim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from contextlib import AbstractContextManager
 
     from holdfast.engine.components import Component
     from holdfast.engine.events import Emitter
@@ -26,22 +25,26 @@ if TYPE_CHECKING:
     from holdfast.engine.model import Model
     from holdfast.states import Mode
 
-    Interruptible = Callable[[str, Callable[[], None]], AbstractContextManager[None]]
+    Checkpoint = Callable[[str], None]
 
 
 class Port(ov.CompiledModel):  # type: ignore[misc] # OpenVINO publishes no types
     """
-    A compiled component with an infer request of its own, which can be stopped from any thread.
+    A compiled component with an infer request of its own.
+
+    A job is stopped before an inference and never inside one: after ``InferRequest.cancel()`` a
+    dynamic graph on the CPU plugin of OpenVINO 2026.4 fails at the next inference, or computes
+    something else without a word.
 
     Args:
         component: What it runs.
-        interruptible: Wraps each inference; is given a name for what runs, and what stops it.
+        checkpoint: Called with the component's name before each inference; raises to stop.
     """
 
-    def __init__(self, component: Component, interruptible: Interruptible) -> None:
+    def __init__(self, component: Component, checkpoint: Checkpoint) -> None:
         super().__init__(component.compiled)
         self._name = component.key.component
-        self._interruptible = interruptible
+        self._checkpoint = checkpoint
         self._request = self.create_infer_request()
 
     def __call__(
@@ -52,13 +55,14 @@ class Port(ov.CompiledModel):  # type: ignore[misc] # OpenVINO publishes no type
         *,
         decode_strings: bool = True,
     ) -> Any:
-        """Run one inference; like ``openvino.CompiledModel``, but it can be cancelled meanwhile."""
-        del share_outputs, decode_strings
-        request = self._request
-        with self._interruptible(self._name, request.cancel):
-            request.start_async(inputs, share_inputs=share_inputs)
-            request.wait()
-        return request.results
+        """Run one inference, as ``openvino.CompiledModel`` does."""
+        self._checkpoint(self._name)
+        return self._request.infer(
+            inputs,
+            share_inputs=share_inputs,
+            share_outputs=share_outputs,
+            decode_strings=decode_strings,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +111,7 @@ def make_view(
     model: Model,
     mode: Mode,
     components: Mapping[str, Component],
-    interruptible: Interruptible,
+    checkpoint: Checkpoint,
     emit: Emitter,
 ) -> View:
     """
@@ -117,7 +121,7 @@ def make_view(
         model: Names the pipeline class, and has its configurations and tokenizers.
         mode: What the view is for.
         components: Those that the mode needs, by name.
-        interruptible: See `Port`.
+        checkpoint: See `Port`.
         emit: Told ``view.created``.
     """
     heavy(emit)
@@ -125,7 +129,7 @@ def make_view(
 
     with quiet():
         cls = getattr(optimum_openvino, model.family.pipelines[mode])
-        ports = {name: Port(component, interruptible) for name, component in components.items()}
+        ports = {name: Port(component, checkpoint) for name, component in components.items()}
         denoiser = ports[model.family.denoiser]
         pipeline = cls(
             **ports,

@@ -129,17 +129,6 @@ def test_every_phase_can_be_stopped(
     assert not [name for name in names if name.endswith(".failed")]
 
 
-def test_an_export_can_be_stopped(tiny_sd: Path, tmp_path: Path, log: Path) -> None:
-    """A conversion that is stopped ends with its process and leaves nothing in the cache."""
-    cache = tmp_path / "cache"
-    with Engine(tiny_sd, cache_dir=cache, log_file=log) as engine:
-        stopped_at(engine, TXT2IMG, "export.started")
-        assert engine.state is State.UNLOADED
-    names = [json.loads(line)["event"] for line in log.read_text().splitlines()]
-    assert "export.cancelled" in names
-    assert not list(cache.rglob("*.xml"))
-
-
 @pytest.mark.parametrize(("step", "kept"), [(STEPS - 1, False), (STEPS + 2, True)])
 def test_the_first_pass_survives_the_second(
     tiny_ir: Path, log: Path, right: dict[Request, list[str]], *, step: int, kept: bool
