@@ -147,7 +147,7 @@ def _steps(before: Course, entry: Entry) -> str | None:
     if scheduler is None:  # the model's own, which may be any
         counts = (int, *_EVALUATIONS.values())
     expected = {count(asked) for count in counts}
-    if made not in expected:
+    if not isinstance(made, int) or made not in expected:
         return f"{asked} steps are {min(expected)} evaluations, but {made} were made"
     told = set(run.steps.values()) if run and before.debug else {made}
     return None if told == {made} else f"{made} evaluations were made, the log tells of {told}"
