@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from holdfast.engine import Cancelled, Engine, Hires, Txt2Img
-from holdfast.engine.subscribers import Preview, Progressed
 
 from .conftest import EXAMPLES
 
@@ -203,73 +202,6 @@ def test_a_service_says_what_is_wrong(web: Any) -> None:
     assert answer.status_code == 422
     assert "multiples of 16" in answer.json()["detail"]
     assert web.get("/jobs/none/events").status_code == 404
-
-
-# Qt -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def desktop(monkeypatch: pytest.MonkeyPatch, example: Example) -> Any:
-    monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
-    host = example("qt_host", "PySide6")
-    from PySide6.QtWidgets import QApplication
-
-    host.application = QApplication.instance() or QApplication([])
-    return host
-
-
-def turn(until: Callable[[], bool]) -> None:
-    """Let the windows live until something holds."""
-    from PySide6.QtCore import QDeadlineTimer, QEventLoop
-
-    # Not QApplication.processEvents: in PySide6 6.12 each call of it takes a reference from None.
-    loop, deadline = QEventLoop(), QDeadlineTimer(int(PATIENCE * 1000))
-    while not until():
-        assert not deadline.hasExpired()
-        loop.processEvents(QEventLoop.ProcessEventsFlag.AllEvents, 20)
-
-
-def test_a_window_shows_previews_progress_and_the_image(engine: Engine, desktop: Any) -> None:
-    """Clicking Generate runs both passes; previews and progress come while the window lives."""
-    window = desktop.Window(engine)
-    seen: list[object] = []
-    threads: set[int] = set()
-
-    def note(event: object) -> None:
-        seen.append(type(event))
-        threads.add(threading.get_ident())
-
-    window.told.connect(note)
-    window.button.click()
-    assert window.button.text() == "Stop"
-    turn(lambda: window.button.text() == "Generate")
-    right = engine.run(Hires(prompt=PROMPT, seed=7, scale=2.0)).images[0]
-    shown = window.picture.pixmap().toImage()
-    assert (shown.width(), shown.height()) == right.size
-    for place in ((0, 0), (5, 9), (right.width - 1, right.height - 1)):
-        assert shown.pixelColor(*place).getRgb()[:3] == right.getpixel(place)
-    assert window.bar.value() == 1000
-    assert seen.count(Preview) > 10
-    assert seen.count(Progressed) > 10
-    window.close()
-
-
-def test_a_window_stops_its_job(
-    engine: Engine, desktop: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Clicking Stop in the second pass ends the job and leaves the first pass in the window."""
-    monkeypatch.setattr(desktop, "Hires", lambda **fields: Hires(**fields, hires_steps=500))
-    window = desktop.Window(engine)
-    window.button.click()
-    job = window.job
-    turn(lambda: job.progress.pass_number == 2)
-    window.button.click()
-    turn(lambda: window.button.text() == "Generate")
-    assert job.status == "cancelled"
-    shown = window.picture.pixmap().toImage()
-    assert (shown.width(), shown.height()) == job.kept[0].size
-    assert shown.pixelColor(3, 3).getRgb()[:3] == job.kept[0].getpixel((3, 3))
-    window.close()
 
 
 # All ----------------------------------------------------------------------------------------------
