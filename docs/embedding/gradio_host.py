@@ -4,20 +4,14 @@ A Gradio page: both passes, a live preview, progress, and a cancel that keeps th
 Run it with `python gradio_host.py`.
 """
 
-from __future__ import annotations
-
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import gradio as gr
 
-from holdfast.engine import Engine, Hires, HoldfastError
+from holdfast.engine import Engine, Hires, HoldfastError, Job, Result
 from holdfast.engine.subscribers import Preview
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from holdfast.engine import Job, Result
 
 PROMPT = "a large red circle on a blue background"
 
@@ -35,7 +29,8 @@ def page(engine: Engine) -> gr.Blocks:
         )
         while not job.done():
             preview = newest.get(job.request_id)
-            yield preview and preview.image.resize((256, 256)), None, None, words(job)
+            first = job.kept[0] if job.kept else None
+            yield preview and preview.image.resize((256, 256)), first, None, words(job)
             time.sleep(0.1)
         unsubscribe()
         first = job.kept[0] if job.kept else None
@@ -57,7 +52,8 @@ def page(engine: Engine) -> gr.Blocks:
             go, stop = gr.Button("Generate", variant="primary"), gr.Button("Cancel")
         said = gr.Textbox(label="Status", interactive=False)
         with gr.Row():
-            images = [gr.Image(label=name) for name in ("Preview", "First pass", "Second pass")]
+            names = ("Preview", "First pass", "Second pass")
+            images = [gr.Image(label=name, height=300) for name in names]
         go.click(generate, [prompt, seed, steps], [*images, said], show_progress="hidden")
         stop.click(cancel)
     return blocks
@@ -65,8 +61,10 @@ def page(engine: Engine) -> gr.Blocks:
 
 def words(job: Job[Result]) -> str:
     """Say where a job stands."""
-    said = f"{job.status}: {job.progress.phase}, {job.progress.fraction:.0%}"
+    if job.done():
+        return job.status
     left = job.progress.remaining_seconds
+    said = f"{job.status}: {job.progress.phase}, {job.progress.fraction:.0%}"
     return f"{said}, {left:.0f} s to go" if left else said
 
 
