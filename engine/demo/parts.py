@@ -80,7 +80,7 @@ def autoencoder() -> Any:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 32),
+        block_out_channels=(16, 32, 64),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
@@ -111,19 +111,28 @@ def text_encoder(tokens: Any) -> Any:
 
 
 def unet() -> Any:
-    """Build the UNet: convolutions at 16 x 16 latents, attention to the prompt at 8 x 8."""
+    """
+    Build the UNet: three levels, down to 4 x 4 latents, where a convolution sees the whole picture.
+
+    Attention to the prompt at 8 x 8 and at the bottom. The prompt as a whole also joins the time
+    embedding, which scales and shifts every block: what holds everywhere, such as the background,
+    needs no attention to be learned.
+    """
     heavy()
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=LATENT_SIDE,
-        block_out_channels=(48, 96),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(48, 96, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=128,
         attention_head_dim=4,
         norm_num_groups=16,
+        resnet_time_scale_shift="scale_shift",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
     )
 
 

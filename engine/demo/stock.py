@@ -21,7 +21,6 @@ _SILENT = 0.1  # prompts that say nothing, for classifier-free guidance
 _SECOND_PASS = 0.7  # of large batches, those that see only the noise that a second pass sees
 _LATEST, _LATEST_SECOND = 1000, 650
 _LATE = 1.5  # over 1: more of the noisy times, at which composition and shapes are decided
-_PLAIN = 0.05  # how far from the background, of 2, a pixel may be that shows no figure
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,10 @@ class Stock:
     Attributes:
         descriptions: What the scenes show.
         latents: Scaled, float16, shape (count, 4, size / 4, size / 4).
-        figures: 1 where a cell or one beside it is not plain background, shape (count, 1, ...).
     """
 
     descriptions: list[scenes.Description]
     latents: torch.Tensor
-    figures: torch.Tensor
 
     def without_style(self) -> Stock:
         """Return the same pictures under prompts that do not ask for outlines."""
@@ -45,19 +42,24 @@ class Stock:
         return replace(self, descriptions=plain)
 
     def batch(self, tokens: Any, size: int, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
-        """Choose scenes and say them anew: prompt tokens, latents, figures, noise and times."""
+        """Choose scenes and say them anew: prompt tokens, latents, noise and times."""
         import torch
 
         chosen = rng.integers(len(self.descriptions), size=size)
         said = [_say(self.descriptions[index], rng) for index in chosen]
-        spelled = tokens(said, padding="max_length", truncation=True, return_tensors="pt")
         latents = self.latents[chosen].float()
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
         large = latents.shape[-1] > parts.LATENT_SIDE
         second = large and rng.random() < _SECOND_PASS
         latest = _LATEST_SECOND if second else _LATEST
         times = torch.from_numpy((latest * (1 - rng.random(size) ** _LATE)).astype(np.int64))
-        return spelled.input_ids, latents, self.figures[chosen].float(), noise, times
+        return _spell(tokens, said), latents, noise, times
+
+
+def _spell(tokens: Any, prompts: list[str]) -> torch.Tensor:
+    spelled = tokens(prompts, padding="max_length", truncation=True, return_tensors="pt")
+    ids: torch.Tensor = spelled.input_ids
+    return ids
 
 
 def _say(description: scenes.Description, rng: np.random.Generator) -> str:
@@ -67,6 +69,43 @@ def _say(description: scenes.Description, rng: np.random.Generator) -> str:
 def _describe(rng: np.random.Generator, outlined: float) -> scenes.Description:
     chosen = scenes.describe(rng, figures=1 + int(rng.random() < _TWO_FIGURES))
     return replace(chosen, outlined=bool(rng.random() < outlined))
+
+
+_KINDS = {
+    "background": tuple(scenes.COLOURS),
+    "relation": scenes.RELATIONS,
+    "shape": tuple(scenes.SHAPES),
+    "colour": tuple(scenes.COLOURS),
+    "size": tuple(scenes.SIZES),
+    "position": tuple(scenes.POSITIONS),
+}
+
+
+def meanings() -> list[int]:
+    """Tell how many answers each fact of a description has, `unsaid` included."""
+    of_scene, of_item = list(_KINDS)[:2], list(_KINDS)[2:]
+    return [*(1 + len(_KINDS[kind]) for kind in [*of_scene, *of_item, *of_item]), 2]
+
+
+def _mean(description: scenes.Description) -> list[int]:
+    """Number the facts of a description, in the order of `meanings`; 0 is unsaid."""
+    first, *others = description.items
+    second = others[0] if others else scenes.Item("", "")
+    said = [("background", description.background), ("relation", description.relation)]
+    said += [(kind, getattr(item, kind)) for item in (first, second) for kind in list(_KINDS)[2:]]
+    facts = [1 + _KINDS[kind].index(answer) if answer else 0 for kind, answer in said]
+    return [*facts, int(description.outlined)]
+
+
+def sentences(
+    tokens: Any, size: int, rng: np.random.Generator, *, outlined: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make prompts and what they mean: tokens and numbered facts, shape (size, facts)."""
+    import torch
+
+    described = [_describe(rng, outlined) for _ in range(size)]
+    said = [scenes.phrase(each, rng) for each in described]
+    return _spell(tokens, said), torch.tensor([_mean(each) for each in described])
 
 
 def to_pixels(pictures: Sequence[Any]) -> torch.Tensor:
@@ -103,24 +142,18 @@ def encode(vae: Any, size: int, count: int, *, seed: int, outlined: float, file:
         file: Where the latents are kept.
     """
     import torch
-    from torch.nn.functional import max_pool2d
 
     rng = np.random.default_rng(seed)
     descriptions = [_describe(rng, outlined) for _ in range(count)]
     placed = [scenes.place(each, rng) for each in descriptions]
 
-    def encoded(start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = placed[start : start + 50]
-        pixels = to_pixels([scenes.draw(scene, size) for scene in chosen])
-        plain = torch.tensor([scenes.COLOURS[scene.background] for scene in chosen])
-        away = (pixels - (plain / 127.5 - 1)[:, :, None, None]).abs().amax(1, keepdim=True)
+    def encoded(start: int) -> torch.Tensor:
+        pixels = to_pixels([scenes.draw(scene, size) for scene in placed[start : start + 50]])
         with torch.no_grad():
-            mean = vae.encode(pixels).latent_dist.mean
-        near = max_pool2d((away > _PLAIN).float(), 12, 4, padding=4)
-        return (mean * vae.config.scaling_factor).half(), near.half()
+            mean: torch.Tensor = vae.encode(pixels).latent_dist.mean
+        return (mean * vae.config.scaling_factor).half()
 
     if not file.exists():
         with parts.two_threads() as pool:
-            latents, figures = zip(*pool.map(encoded, range(0, count, 50)), strict=True)
-        torch.save((torch.cat(latents), torch.cat(figures)), file)
-    return Stock(descriptions, *torch.load(file))
+            torch.save(torch.cat(list(pool.map(encoded, range(0, count, 50)))), file)
+    return Stock(descriptions, torch.load(file))
