@@ -97,12 +97,11 @@ def quiet() -> Iterator[None]:
 
     The host's own warnings and log records pass: the warning filter matches the libraries' modules
     only (``warnings.catch_warnings`` would mute the whole process, and left in another order by two
-    threads would never let go), and the log filter stops records of the calling thread only.
+    threads would never let go), and the log filter, which stays with the libraries' loggers, stops
+    records of a thread inside such a block only.
     """
-    muffler = _Muffler()
-    loggers = _loggers()
-    for logger in loggers:
-        logger.addFilter(muffler)
+    _muffle()
+    _MUFFLER.depth += 1
     # Not through warnings.filterwarnings: it keeps one of equal rules, so that of two blocks at
     # once the first to end would unmute the other.
     rule = ("ignore", None, Warning, _MODULES, 0)
@@ -114,26 +113,32 @@ def quiet() -> Iterator[None]:
         left: Any = warnings.filters  # Another list, where the host came or left a catch_warnings.
         for rules in (entered, left):
             rules[:] = [other for other in rules if other is not rule]
-        for logger in loggers:
-            logger.removeFilter(muffler)
+        _MUFFLER.depth -= 1
 
 
-class _Muffler(logging.Filter):
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = threading.get_ident()
+class _Muffler(logging.Filter, threading.local):
+    """Stops the records of a thread that is inside `quiet`; `depth` is that thread's own."""
+
+    depth = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.thread != self._thread or record.levelno >= logging.ERROR
+        return not self.depth or record.levelno >= logging.ERROR
 
 
-def _loggers() -> list[logging.Logger]:
-    known = [
-        name
-        for name in tuple(logging.root.manager.loggerDict)
-        if name.partition(".")[0] in LIBRARIES
-    ]
-    return [logging.getLogger(name) for name in dict.fromkeys((*known, *_EARLY_LOGGERS))]
+_MUFFLER = _Muffler()
+_muffled = 0
+
+
+def _muffle() -> None:
+    """Have every logger of `LIBRARIES` ask the muffler, those too that came up since."""
+    global _muffled  # noqa: PLW0603 - how many loggers there were when all had been visited
+    if len(logging.root.manager.loggerDict) == _muffled:
+        return  # to visit some 800 loggers takes longer than all else that a request's log does
+    known = tuple(logging.root.manager.loggerDict)
+    for name in (*known, *_EARLY_LOGGERS):
+        if name.partition(".")[0] in LIBRARIES:
+            logging.getLogger(name).addFilter(_MUFFLER)
+    _muffled = len(known)
 
 
 def _unusable(package: str) -> str | None:
