@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from holdfast.engine.logbook.write import printable
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
@@ -192,10 +194,10 @@ class Emitter:
     """
 
     def __init__(self, engine_id: str, sinks: tuple[Sink, ...] = ()) -> None:
-        logger = logging.getLogger(LOGGER_NAME)
-        if not logger.handlers:
-            logger.addHandler(logging.NullHandler())
-        self._log = structlog.wrap_logger(logger)
+        self._logger = logging.getLogger(LOGGER_NAME)
+        if not self._logger.handlers:
+            self._logger.addHandler(logging.NullHandler())
+        self._log = structlog.wrap_logger(self._logger)
         self._engine_id = engine_id
         self._sinks = list(sinks)
         self._numbers = itertools.count(1)
@@ -215,27 +217,44 @@ class Emitter:
         """
         level = level or EVENTS[event].level
         with self._lock:
+            number = next(self._numbers)
+            heard = _is_heard(self._logger, level)
+            if not (heard or self._sinks):
+                return
             record: dict[str, Any] = {
                 "event": event,
                 "engine_id": self._engine_id,
-                "seq": next(self._numbers),
+                "seq": number,
                 "timestamp": dt.datetime.now(dt.UTC).isoformat(),
                 "level": level,
                 **self._scope.get(),
                 **facts,
             }
+            broken: list[tuple[Sink, Exception]] = []
             for sink in tuple(self._sinks):
                 try:
                     sink(record)
                 except Exception as error:  # noqa: BLE001 - a host's broken sink must not stop a run
-                    self._sinks.remove(sink)
-                    self("subscriber.failed", error=repr(error), subscriber=repr(sink))
-            keys = {key: value for key, value in record.items() if key not in ("event", "level")}
-            try:
-                getattr(self._log, level)(event, **keys)
-            except Exception as error:  # noqa: BLE001 - the same of a host's broken log handler
-                if event != "subscriber.failed":  # which goes through the same handler
-                    self("subscriber.failed", error=repr(error), subscriber="logging")
+                    broken.append((sink, error))
+            if heard:
+                self._tell(record)
+            for sink, why in broken:  # once every other sink has the event that comes before
+                self.remove_sink(sink)
+                self("subscriber.failed", error=repr(why), subscriber=repr(sink))
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        """Hand a record to the host's logging, with nothing in it that could end a line there."""
+        event = record["event"]
+        facts = {
+            key: printable(value) if isinstance(value, str) else value
+            for key, value in record.items()
+            if key not in ("event", "level")
+        }
+        try:
+            getattr(self._log, record["level"])(event, **facts)
+        except Exception as error:  # noqa: BLE001 - a host's broken handler must not stop a run
+            if event != "subscriber.failed":  # which goes through the same handler
+                self("subscriber.failed", error=repr(error), subscriber="logging")
 
     def add_sink(self, sink: Sink) -> None:
         """Hand every later event to `sink` too."""
@@ -284,3 +303,21 @@ class Emitter:
             end("failed", error=f"{type(error).__name__}: {text}")
             raise
         end("completed")
+
+
+def _is_heard(logger: logging.Logger | None, level: str) -> bool:
+    """
+    Say whether an event of this level could reach anybody through `logger`.
+
+    Rendering it costs more than all else that is done for it, so an event is not rendered for a
+    null handler. Where the host has configured structlog, its processors may do anything.
+    """
+    if structlog.is_configured():
+        return True
+    if logger is None or not logger.isEnabledFor(getattr(logging, level.upper())):
+        return False
+    while logger is not None:
+        if logger.filters or any(type(each) is not logging.NullHandler for each in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False

@@ -44,13 +44,15 @@ class FlightRecorder:
         self._segment_bytes = limit_bytes // 2
         self._spans = OpenSpans()
         self._lines = JsonLines(self._path)
+        self._bytes = self._path.stat().st_size
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Write the event's place and time; when this returns, the operating system has them."""
         record = {key: event[key] for key in _KEPT if key in event} | {"pid": os.getpid()}
-        if self._path.stat().st_size + len(line(record)) > self._segment_bytes:
+        encoded = line(record)
+        if self._bytes + len(encoded) > self._segment_bytes:
             self._turn_over()
-        self._lines(record)
+        self._append(encoded)
         self._spans.fold(Entry(0, dt.datetime.now(dt.UTC), record))
 
     def close(self) -> None:
@@ -64,8 +66,13 @@ class FlightRecorder:
         self._lines.close()
         self._path.replace(_older(self._path))
         self._lines = JsonLines(self._path)
+        self._bytes = 0
         for span in self._spans:
-            self._lines(span.started.event)
+            self._append(line(span.started.event))
+
+    def _append(self, encoded: bytes) -> None:
+        self._lines.append(encoded)
+        self._bytes += len(encoded)
 
 
 def crash_found(path: str | os.PathLike[str]) -> dict[str, Any] | None:

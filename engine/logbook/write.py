@@ -77,7 +77,11 @@ class JsonLines:
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Write one event; when this returns, the operating system has it."""
-        self._file.write(line(event))
+        self.append(line(event))
+
+    def append(self, encoded: bytes) -> None:
+        """Write one event that `line` has encoded; the operating system has it afterwards."""
+        self._file.write(encoded)
 
     def close(self) -> None:
         """Close the file. Closing again does nothing."""
