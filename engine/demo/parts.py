@@ -123,7 +123,7 @@ def unet() -> Any:
 
     return UNet2DConditionModel(
         sample_size=LATENT_SIDE,
-        block_out_channels=(48, 96, 192),
+        block_out_channels=(48, 96, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
