@@ -6,7 +6,6 @@ It does what a `Move` says, in one transaction, and keeps its own record of what
 
 from __future__ import annotations
 
-import gc
 from typing import TYPE_CHECKING
 
 from holdfast.engine.compiler import Compiler, Component, compile_errors
@@ -109,8 +108,7 @@ class ComponentStore:
 
         A view that runs one of them would keep it: drop it first.
         """
-        gone = dict(leaving)
-        for key, why in gone.items():
+        for key, why in dict(leaving).items():
             size = self._held[key].bytes
             self._held = {held: part for held, part in self._held.items() if held != key}
             self._service = {n: part for n, part in self._service.items() if part.key != key}
@@ -119,8 +117,6 @@ class ComponentStore:
                 "component.evicted",
                 component=key.component, key=key.digest, bytes=size, why=why,
             )  # fmt: skip
-        if gone:
-            gc.collect()  # the pipelines that ran them hold reference cycles
 
     def restore(self, service: Mapping[str, ComponentKey]) -> None:
         """
@@ -136,7 +132,6 @@ class ComponentStore:
         """Give up everything: components, graphs, and the memory that they took."""
         self.evict((key, why) for key in self._held)
         self.compiler.forget()
-        gc.collect()
 
     def forget(self, sources: frozenset[str], why: str) -> None:
         """Give up every component and graph of a source that is not among `sources`."""

@@ -8,6 +8,7 @@ is true whatever fails.
 from __future__ import annotations
 
 import contextlib
+import gc
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -25,7 +26,7 @@ from holdfast.engine.imports import begin_heavy
 from holdfast.engine.keys import keys_for
 from holdfast.engine.memory import resident_bytes
 from holdfast.engine.plan import Move, Plan, Stage, Standing, Step, plan, plan_again
-from holdfast.engine.settings import Resolver
+from holdfast.engine.settings import Resolver, Settings
 from holdfast.engine.views import View, check_view, make_view
 from holdfast.states import Lifecycle, Trigger
 
@@ -83,14 +84,6 @@ class CompiledPipeline:
         """Bytes that all compiled components may hold: as set, or half of the machine's memory."""
         return self.config.memory_budget or psutil.virtual_memory().total // 2
 
-    @property
-    def geometry(self) -> Geometry:
-        """Of the latest pass; the model's own, where there was none or it cannot make that."""
-        scale, last = self.model.scale, self._geometry
-        if last is None or last.width % scale.multiple or last.height % scale.multiple:
-            return Geometry(scale.default, scale.default)
-        return last
-
     def standing(self) -> Standing:
         """Return where the pipeline stands, as plans are made from it."""
         return Standing(
@@ -102,19 +95,25 @@ class CompiledPipeline:
             policy=self.config.policy,
         )
 
-    def stage(self, mode: Mode, geometry: Geometry, loras: tuple[Lora, ...] | None = None) -> Stage:
+    def stage(
+        self,
+        mode: Mode,
+        geometry: Geometry | None = None,
+        loras: tuple[Lora, ...] | None = None,
+    ) -> Stage:
         """
         Return what one pass needs.
 
         Args:
             mode: Of the pass.
-            geometry: Of its images.
+            geometry: Of its images. None: of the latest pass's, or the model's own where there was
+                none or it cannot make that.
             loras: In place of the engine's, or None.
 
         Raises:
             LoraError: A LoRA file is refused.
         """
-        setup = self._settings.setup
+        setup, geometry = self._settings.setup, geometry or self._latest_geometry()
         if loras is not None:
             setup = setup.with_loras(self._resolver.identify(loras, self.model))
         keys = keys_for(self.model.family, setup, mode, geometry, self.model.scale)
@@ -145,8 +144,9 @@ class CompiledPipeline:
             Cancelled: The job was cancelled between two native calls. The same holds.
         """
         before = {name: part.key for name, part in self.store.service.items()}
-        if any(step.action == "evict" for step in move.steps):
-            self._views.clear()  # they would keep the evicted components in memory
+        serving = {key.digest for key in before.values()}
+        if any(step.action == "evict" or step.key in serving for step in move.steps):
+            self._drop_views()
         if move.action == "recompile":
             policy = "evict_first" if move.evicts_first else "stage_first"
             self._fire(Trigger.RECOMPILE, move.reason)
@@ -202,7 +202,7 @@ class CompiledPipeline:
         """Decide what other settings would take. Nothing that serves changes."""
         before, self._settings = self._settings, self._resolver.settings(config)
         try:
-            return self._plan_in_service()
+            return self._plan_change_from(before)
         finally:
             self._settings = before
 
@@ -224,14 +224,14 @@ class CompiledPipeline:
         """
         before, self._settings = self._settings, self._resolver.settings(config)
         try:
-            made = self._plan_in_service()
+            made = self._plan_change_from(before)
             self.follow(made)
         except BaseException:
             self._settings = before
             raise
         self.store.compiler.keeps_blobs = config.compiled_cache
         if config.model != before.config.model:
-            self._views.clear()
+            self._drop_views()
             sources = frozenset(self._settings.setup.sources.values())
             self.store.forget(sources, "its model was replaced")
         return made
@@ -269,7 +269,7 @@ class CompiledPipeline:
         """Give every component back. Does nothing while unloaded."""
         if self.lifecycle.mode is None:
             return
-        self._views.clear()
+        self._drop_views()
         self.store.release(reason)
         self._fire(Trigger.UNLOAD, reason)
 
@@ -305,9 +305,31 @@ class CompiledPipeline:
         if planned != done:
             self._emit("plan.missed", planned=planned, done=done)
 
-    def _plan_in_service(self) -> Plan:
+    def _drop_views(self) -> None:
+        """Let go of all views: they would keep in memory what is given up after this."""
+        if self._views:
+            self._views.clear()
+            gc.collect()  # optimum's pipelines hold reference cycles
+
+    def _latest_geometry(self) -> Geometry:
+        scale, last = self.model.scale, self._geometry
+        if last is None or last.width % scale.multiple or last.height % scale.multiple:
+            return Geometry(scale.default, scale.default)
+        return last
+
+    def _plan_change_from(self, before: Settings) -> Plan:
+        """Plan what differs between two settings; all else serves on, be it a pass's own."""
         mode = self.lifecycle.mode
-        return self.plan([] if mode is None else [self.stage(mode, self.geometry)])
+        if mode is None:
+            return self.plan([])
+        now, self._settings = self._settings, before
+        was = self.stage(mode).keys
+        self._settings = now
+        keys = {
+            name: self.store.service[name].key if was.get(name) == key else key
+            for name, key in self.stage(mode).keys.items()
+        }
+        return self.plan([Stage(mode, keys)])
 
     def _roll_back(
         self, move: Move, before: Mapping[str, ComponentKey], error: BaseException
@@ -321,7 +343,7 @@ class CompiledPipeline:
             self.store.restore(before)
         except HoldfastError as second:
             let_go(second)
-            self._views.clear()
+            self._drop_views()
             self.store.release("nothing could be kept")
             self._fire(Trigger.RECOMPILE_ABANDONED, str(second))
             msg = (

@@ -254,7 +254,7 @@ class _Walk:
             changes = [
                 change
                 for name, key in stage.keys.items()
-                for change in key.changes_from(self._service[name])
+                for change in self._changes(name, key, stage.mode)
             ]
             reason = ", ".join(dict.fromkeys(changes))
             yield self._move(action, stage.mode, stage.keys, wanted, reason)
@@ -285,8 +285,7 @@ class _Walk:
         kept = frozenset(service.values()).difference(missing)
         steps = [*self._read(missing), *self._make_room(missing, wanted, kept)]
         for name, key in fresh.items():
-            old = self._service.get(name)
-            why = f"{mode} needs it" if old is None else ", ".join(key.changes_from(old))
+            why = ", ".join(self._changes(name, key, mode))
             if key in missing:
                 steps += self._compile(key, why)
             else:
@@ -296,6 +295,10 @@ class _Walk:
             self._held[key] = self._held.pop(key)
         self.peak = max(self.peak, sum(self._held.values()))
         return Move(action, mode, dict(service), tuple(steps), reason)
+
+    def _changes(self, name: str, key: ComponentKey, mode: Mode) -> tuple[str, ...]:
+        old = self._service.get(name)
+        return (f"{mode} needs it",) if old is None else key.changes_from(old)
 
     def _read(self, missing: Iterable[ComponentKey]) -> Iterator[Step]:
         """Read every graph before anything is given up or compiled for it."""

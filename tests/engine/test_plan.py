@@ -188,6 +188,16 @@ def test_a_mode_is_the_reason_of_what_it_needs() -> None:
     ]  # fmt: skip
 
 
+def test_a_model_with_a_part_more_or_less_is_a_recompile() -> None:
+    """What the model before had not, the mode needs; what the new one lacks serves no more."""
+    more = Stage(TXT, keys(TXT) | {"text_encoder_2": key("vae_encoder", "a")})
+    made = plan(standing(TXT), [more], price)
+    assert words(made) == ["recompile txt2img", "read vae_encoder:a", "compile vae_encoder:a"]
+    assert made.steps[0].reason == "txt2img needs it"
+    now = Standing(TXT, more.keys, dict.fromkeys(more.keys.values(), 1))
+    assert words(plan(now, [stage(TXT)], price)) == []
+
+
 def test_planning_changes_nothing() -> None:
     """A plan is made from a standing that is left as it was, and made again it is the same."""
     now = standing(TXT, [key("unet", "b")], budget=150)
