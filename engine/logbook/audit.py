@@ -48,6 +48,7 @@ class EngineVerdict:
         breaches: The first 20 of each rule, in the order of the log.
         counts: How often each rule that is broken is broken.
         missing: Why this is not all that the engine had to tell; empty where it is.
+        errors: How often each event of level error stands there. An error breaks no rule.
     """
 
     engine_id: str
@@ -55,6 +56,7 @@ class EngineVerdict:
     breaches: list[Breach] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     missing: list[str] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -105,14 +107,7 @@ def audit(items: Iterable[Entry | Problem]) -> Verdict:
         if item.engine_id not in courses:
             courses[item.engine_id] = Course(item.engine_id), EngineVerdict(item.engine_id)
         course, engine = courses[item.engine_id]
-        rules = _by_event.get(item.name, ())
-        if item.seq != course.seq + 1:
-            rules = (*_of_numbers, *rules)
-        for rule in rules:
-            if words := rule.check(course, item):
-                engine.counts[rule.id] += 1
-                if engine.counts[rule.id] <= _TOLD_PER_RULE:
-                    engine.breaches.append(Breach(rule.id, item.line, item.seq, item.name, words))
+        _judge(course, engine, item)
         course.fold(item)
     for course, engine in courses.values():
         _close(course, engine)
@@ -125,6 +120,20 @@ _by_event = {
     name: tuple(rule for rule in RULES if name in rule.events)
     for name in {name for rule in RULES for name in rule.events}
 }
+
+
+def _judge(course: Course, engine: EngineVerdict, entry: Entry) -> None:
+    """Hold an event against the rules that it can break, after what came before it."""
+    rules = _by_event.get(entry.name, ())
+    if entry.seq != course.seq + 1:
+        rules = (*_of_numbers, *rules)
+    for rule in rules:
+        if words := rule.check(course, entry):
+            engine.counts[rule.id] += 1
+            if engine.counts[rule.id] <= _TOLD_PER_RULE:
+                engine.breaches.append(Breach(rule.id, entry.line, entry.seq, entry.name, words))
+    if entry.event.get("level") == "error":
+        engine.errors[entry.name] += 1
 
 
 def _close(course: Course, engine: EngineVerdict) -> None:

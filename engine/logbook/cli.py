@@ -22,18 +22,18 @@ from holdfast.engine.logbook.audit import Verdict, audit
 from holdfast.engine.logbook.read import Entry, Problem, followed_lines, log_lines, read
 from holdfast.engine.logbook.replay import courses, differences
 from holdfast.engine.logbook.rules import RULES
-from holdfast.engine.logbook.story import tell
+from holdfast.engine.logbook.story import Story
 from holdfast.engine.logbook.write import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from holdfast.engine.logbook.replay import Course
-    from holdfast.engine.logbook.timeline import Lanes
 
 app = typer.Typer(help="Read what an engine did from its log alone.", no_args_is_help=True)
 
 BROKEN, BAD_INPUT = 1, 2
+_NARROWEST = 20
 LogFile = Annotated[str, typer.Argument(metavar="FILE", help="A log of JSON lines; - is stdin.")]
 Since = Annotated[str, typer.Option(help="From this time on: 14:05, 14:05:30 or ISO 8601 (UTC).")]
 OfRequest = Annotated[str, typer.Option("--request", help="Only this request.")]
@@ -61,6 +61,7 @@ def show(
     """Tell a log as a story."""
     console = Console(soft_wrap=True, highlight=False)
     wanted = _selection(request, engine, since)
+    story = Story()
     with _usable(), contextlib.suppress(KeyboardInterrupt):
         lines = followed_lines(file) if follow and file != "-" else log_lines(file)
         for item in read(lines):
@@ -68,7 +69,9 @@ def show(
                 if item.kind != "foreign":
                     console.print(Text(f"line {item.line}: {item.words}", style="dim red"))
             elif wanted(item) and (debug or item.event.get("level") != "debug"):
-                console.print(tell(item))
+                if day := story.day(item):
+                    console.print(Text(day, "dim"))
+                _print(console, *story.tell(item))
 
 
 @app.command("audit")
@@ -133,13 +136,24 @@ def timeline(
 
     kind = format or {".svg": Format.SVG, ".json": Format.PERFETTO}.get(output.suffix, Format.HTML)
     with _usable():
+        items = list(_some(read(log_lines(file))))
         wanted = _selection(request, engine, since)
-        entries = [
-            item
-            for item in _some(read(log_lines(file)))
-            if isinstance(item, Entry) and wanted(item)
-        ]
-        output.write_bytes(_drawn(kind, entries, Path(file).name, lanes(entries)))
+        entries = [item for item in items if isinstance(item, Entry) and wanted(item)]
+        drawn = lanes(entries)
+        match kind:
+            case Format.HTML:
+                from holdfast.engine.logbook.page import page
+
+                written = page(drawn, entries, audit(items), Path(file).name).encode()
+            case Format.SVG:
+                from holdfast.engine.logbook.drawing import svg
+
+                written = svg(drawn).encode()
+            case Format.PERFETTO:
+                from holdfast.engine.logbook.perfetto import trace
+
+                written = trace(drawn)
+        output.write_bytes(written)
     typer.echo(f"{output}: {kind} of {len(entries)} events")
 
 
@@ -204,6 +218,17 @@ def _reached(text: str) -> Callable[[Entry], bool]:
     return lambda entry: entry.at >= moment
 
 
+def _print(console: Console, where: Text, told: Text) -> None:
+    """Print one event: on a terminal wrapped behind its time, elsewhere as one line."""
+    if not console.is_terminal:
+        console.print(where + told)
+        return
+    margin = where.cell_len
+    for part in told.wrap(console, max(_NARROWEST, console.width - margin)):
+        console.print(where + part)
+        where = Text(" " * margin)
+
+
 def _tell(verdict: Verdict) -> None:
     console = Console(soft_wrap=True, highlight=False)
     words = {rule.id: rule.words for rule in RULES}
@@ -216,10 +241,14 @@ def _tell(verdict: Verdict) -> None:
             console.print(Text.assemble(where, (printable(breach.words), "red")))
             console.print(Text(f"    breaks {breach.rule!r}: {words[breach.rule]}", "dim"))
         for rule, count in engine.counts.items():
-            console.print(Text(f"  {rule}: {count} in all"))
+            if count > sum(breach.rule == rule for breach in engine.breaches):
+                console.print(Text(f"  {rule}: {count} in all"))
+        if engine.errors:
+            told = ", ".join(f"{name} ({count})" for name, count in engine.errors.items())
+            console.print(Text(f"  errors told: {printable(told)}", "yellow"))
         for missing in engine.missing:
-            console.print(Text(f"  cut off: {printable(missing)}", "yellow"))
-    whole = "" if verdict.complete else " as far as the log goes, which is not to the end"
+            console.print(Text(f"  not all of it: {printable(missing)}", "yellow"))
+    whole = "" if verdict.complete else " in what there is, and not all is there"
     console.print("rules are broken" if not verdict.clean else f"no rule is broken{whole}")
 
 
@@ -236,15 +265,3 @@ def _print_standing(course: Course, last: Entry) -> None:
         "  under way": under_way,
     }.items():
         typer.echo(printable(f"{name}: {value or 'none'}"))
-
-
-def _drawn(kind: Format, entries: list[Entry], title: str, drawn: list[Lanes]) -> bytes:
-    if kind is Format.PERFETTO:
-        from holdfast.engine.logbook.perfetto import trace
-
-        return trace(drawn)
-    from holdfast.engine.logbook.drawing import page, svg
-
-    if kind is Format.SVG:
-        return svg(drawn).encode()
-    return page(drawn, (tell(entry).plain for entry in entries), title).encode()

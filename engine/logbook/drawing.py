@@ -1,11 +1,8 @@
-"""The timeline drawn: one SVG, and the page that lets a reader move about in it."""
+"""The timeline drawn as one SVG."""
 
 from __future__ import annotations
 
-import html
 import math
-from importlib.resources import files
-from string import Template
 from typing import TYPE_CHECKING
 
 import drawsvg
@@ -22,6 +19,8 @@ if TYPE_CHECKING:
     from holdfast.engine.logbook.timeline import Bar, Lanes
 
 LABELS, PLOT, ROW, BAR, INSTANT, MEMORY, AXIS = 150, 1200, 24, 18, 2, 64, 26
+TIGHT = 24
+"""Pixels of a bar in which no label is legible."""
 _BASELINE = 13
 _TICKS, _FINE, _LAST_LABEL = 10, 5, 0.97
 # Colours by meaning, told apart by lightness too; the dark ones for a reader whose system is dark.
@@ -50,6 +49,9 @@ svg.log .edge { fill: var(--paper); }
 .warning rect, .cancelled rect { fill: var(--paper); stroke: var(--bad); stroke-dasharray: 3 2; }
 .cut rect { stroke: var(--bad); stroke-width: 2; stroke-dasharray: 6 3; }
 svg.log .txt2img text, svg.log .img2img text, svg.log .failed text { fill: #fff; }
+svg.log .work text, svg.log .recompiling text { fill: #1b1f24; }
+svg.log .tight { visibility: hidden; }
+.sample rect { fill: transparent; stroke: none; }
 .memory { fill: var(--held); stroke: var(--a); stroke-width: 1.5;
   vector-effect: non-scaling-stroke; }
 """
@@ -70,26 +72,6 @@ def svg(engines: Sequence[Lanes], limit: int = 20_000) -> str:
         raise TooMuch(f"{count - steps} bars are more than the {limit} that a page can show")
     rows = _Rows(engines, with_steps=count <= limit)
     return rows.draw()
-
-
-def page(engines: Sequence[Lanes], told: Iterable[str], title: str) -> str:
-    """
-    Wrap the drawing in one HTML page that needs nothing else: hover, zoom, search, and the story.
-
-    Args:
-        engines: What is drawn.
-        told: The story, one line for each event, shown below the drawing.
-        title: For a person; file names of any kind are safe.
-
-    Raises:
-        TooMuch: As `svg` does.
-    """
-    template = files("holdfast.engine.logbook").joinpath("page.html").read_text("utf-8")
-    story = "\n".join(f"<li>{html.escape(printable(line))}</li>" for line in told)
-    drawing = svg(engines).partition("?>")[2]
-    return Template(template).substitute(
-        title=html.escape(printable(title)), drawing=drawing, story=story, labels=LABELS
-    )
 
 
 class _Nested(drawsvg.DrawingParentElement):  # type: ignore[misc] # drawsvg publishes no types
@@ -121,6 +103,10 @@ class _Rows:
         self._plot.args["height"] = height
         whole.append(self._plot)
         self._labels.children.insert(0, drawsvg.Rectangle(0, 0, LABELS, height, class_="edge"))
+        since = drawsvg.Text(
+            f"{self._begin:%Y-%m-%d %H:%M:%S}", 11, x=8, y=_BASELINE, class_="soft"
+        )
+        self._labels.append(since)
         whole.append(self._labels)
         return str(whole.as_svg())
 
@@ -146,15 +132,17 @@ class _Rows:
 
     def _bar(self, bar: Bar) -> drawsvg.Group:
         left = self._share(bar.begin)
-        group = drawsvg.Group(class_=f"bar {_classes(bar.kind)}")
+        group = drawsvg.Group(class_=f"bar {_classes(bar.kind)}", data_line=bar.line)
         group.append_title(bar.details)
         if bar.end == bar.begin:
             group.append(drawsvg.Rectangle(left, self._y, INSTANT, BAR))
             return group
-        width = f"{(bar.end - bar.begin).total_seconds() / self._span * 100:.4f}%"
+        share = (bar.end - bar.begin).total_seconds() / self._span
+        width = f"{share * 100:.4f}%"
         group.append(drawsvg.Rectangle(left, self._y, width, BAR, rx=2))
         inside = _Nested(x=left, y=self._y, width=width, height=BAR, overflow="hidden")
-        inside.append(drawsvg.Text(bar.label, 11, x=5, y=_BASELINE))
+        tight = "tight" if share * PLOT < TIGHT else ""
+        inside.append(drawsvg.Text(bar.label, 11, x=5, y=_BASELINE, class_=tight))
         group.append(inside)
         return group
 
@@ -174,6 +162,14 @@ class _Rows:
         )  # fmt: skip
         area.append(path)
         self._plot.append(area)
+        for (at, rss), (x, _), (until, _) in zip(
+            samples, points, [*points[1:], (1.0, 0.0)], strict=True
+        ):
+            sample = drawsvg.Group(class_="bar sample")
+            sample.append_title(f"memory {size(rss)}\n{at:%H:%M:%S.%f}")
+            left, width = f"{x * 100:.4f}%", f"{max(until - x, 0) * 100:.4f}%"
+            sample.append(drawsvg.Rectangle(left, self._y, width, MEMORY))
+            self._plot.append(sample)
         self._y += MEMORY
 
     def _ticks(self, height: float) -> Iterable[drawsvg.DrawingElement]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 import msgspec
 
@@ -45,7 +46,7 @@ class Entry(NamedTuple):
 
     Attributes:
         line: Line number in the log, from 1.
-        at: Moment of the event, with its time zone.
+        at: Moment of the event, in UTC.
         event: Every key of the event, the common ones included.
     """
 
@@ -129,29 +130,54 @@ def log_lines(source: str | PathLike[str]) -> Iterator[bytes]:
 
 
 def followed_lines(source: str | PathLike[str]) -> Iterator[bytes]:
-    """Yield the lines of a log file and then, for ever, those that are appended to it."""
-    with Path(source).open("rb") as file:
-        begun = b""
-        while True:
-            begun += file.readline()
-            if begun.endswith(b"\n"):
-                yield begun
-                begun = b""
-            else:
-                time.sleep(_POLL_SECONDS)
+    """
+    Yield the lines of a log file and then, for ever, those that are appended to it.
+
+    Where the file is replaced or emptied, as when it rotates, the new one is read from its
+    beginning once the old one has been read to its end.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    path = Path(source)
+    while True:
+        with path.open("rb") as file:
+            yield from _until_replaced(file, path)
+
+
+def _until_replaced(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    begun, replaced = b"", False
+    while True:
+        begun += file.readline()
+        if begun.endswith(b"\n"):
+            yield begun
+            begun = b""
+        elif replaced:
+            return
+        elif not (replaced := _is_replaced(file, path)):  # if it is, what came before is read first
+            time.sleep(_POLL_SECONDS)
+
+
+def _is_replaced(file: BinaryIO, path: Path) -> bool:
+    try:
+        now = path.stat()
+    except FileNotFoundError:
+        return False  # a rotation is half done
+    return not os.path.samestat(now, os.fstat(file.fileno())) or now.st_size < file.tell()
 
 
 def _moment(event: dict[str, Any]) -> dt.datetime | None:
     """
     Return when the event happened, or None for what is no event of ours.
 
-    The timestamp is ISO 8601 or, as structlog writes by default, seconds since 1970.
+    The timestamp is ISO 8601, UTC unless it says otherwise, or seconds since 1970, which
+    structlog writes by default.
     """
     try:
         stamp = msgspec.convert(event, _Reliable).timestamp
         if isinstance(stamp, float):
             return dt.datetime.fromtimestamp(stamp, dt.UTC)
         at = dt.datetime.fromisoformat(stamp)
+        return at.astimezone(dt.UTC) if at.tzinfo else at.replace(tzinfo=dt.UTC)
     except (msgspec.ValidationError, ValueError, OverflowError, OSError):
         return None
-    return at if at.tzinfo else at.replace(tzinfo=dt.UTC)

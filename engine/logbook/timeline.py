@@ -40,6 +40,7 @@ class Bar:
             ``"warning"``, ``"error"``, a pass's mode, or a span's prefix; with ``" failed"``,
             ``" cancelled"`` or ``" cut"`` after it where it did not end well.
         details: All of it, for a reader who points at it: printable lines.
+        line: Line in the log of the event that it begins with, from 1.
     """
 
     begin: dt.datetime
@@ -47,6 +48,7 @@ class Bar:
     label: str
     kind: str
     details: str
+    line: int
 
 
 @dataclass
@@ -174,7 +176,8 @@ class _Drawing:
                 *(printable(f"{key}: {value}") for key, value in facts.items() if key not in _TOLD),
             ]
         )
-        bar = Bar(begin.at, max(begin.at, end.at), printable(label), kind, details)
+        until = max(begin.at, end.at)
+        bar = Bar(begin.at, until, printable(label), kind, details, begin.line)
         self._lanes.bars.setdefault(printable(lane), []).append(bar)
 
 
