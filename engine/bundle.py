@@ -1,7 +1,8 @@
 """
 ``holdfast bundle``: everything that a bug report needs in one file, and nothing that it does not.
 
-Prompts, paths, and the names of the user and the machine are taken out before anything is written.
+Prompts, paths, access tokens and the names of user and machine are taken out before anything is
+written.
 """
 
 from __future__ import annotations
@@ -32,9 +33,13 @@ if TYPE_CHECKING:
 _PROMPT_KEYS = frozenset(
     {"prompt", "negative_prompt", "hires_prompt", "hires_negative_prompt", "words"}
 )
+_SECRET_KEY = re.compile(r"token$|secret|password|api_?key|authorization|credential", re.IGNORECASE)
+_SECRET = re.compile(  # a hub's token, what authorizes a call, and the user in an address
+    r"\bhf_\w{8,}|(?<=\bBearer )\S+|(?<=://)[^\s/@]+(?=@)", re.IGNORECASE
+)
 _PATH = re.compile(
     r"""(?<=['"])(?:[A-Za-z]:[\\/]|\\\\|~?/)[^'"\n]+(?=['"])"""  # quoted: to the end of the quotes
-    r"""|(?<![\w/.:~])(?:[A-Za-z]:[\\/]|\\\\|~?/)[^\s'"<>|*?,;()]+"""
+    r"""|file:/+[^\s'"<>|]+|(?<![\w/.:~])(?:[A-Za-z]:[\\/]|\\\\|~?/)[^\s'"<>|*?,;()]+"""
 )
 _WHOLE_PATH = re.compile(r"(?:[A-Za-z]:[\\/]|\\\\|~|\.{0,2}/).+", re.DOTALL)
 _SHORTEST_NAME = 3
@@ -44,7 +49,7 @@ _DOCTOR_SECONDS = 120
 
 class Redaction:
     """
-    Takes out of texts and events what tells of a person or a machine.
+    Takes out of texts and events what tells of a person or a machine, and every access token.
 
     A path becomes ``<path 1f0c>`` with its ending, the same path always the same.
 
@@ -68,6 +73,7 @@ class Redaction:
         for secret in sorted(self._secrets, key=len, reverse=True):
             word = rf"(?<!\w){re.escape(secret)}(?!\w)"
             text = re.sub(word, self._secrets[secret], text, flags=re.IGNORECASE)
+        text = _SECRET.sub("<secret>", text)
         return _PATH.sub(lambda found: _path_mark(found[0]), text)
 
     def value(self, value: Any) -> Any:
@@ -77,15 +83,15 @@ class Redaction:
         if isinstance(value, list):
             return [self.value(each) for each in value]
         if isinstance(value, dict):
-            return {
-                self.text(key): (
-                    "<prompt>"
-                    if key in _PROMPT_KEYS and each and not self._keep_prompts
-                    else self.value(each)
-                )
-                for key, each in value.items()
-            }
+            return {self.text(key): self._keyed(key, each) for key, each in value.items()}
         return value
+
+    def _keyed(self, key: str, value: Any) -> Any:
+        if key in _PROMPT_KEYS and value and not self._keep_prompts:
+            return "<prompt>"
+        if _SECRET_KEY.search(key) and isinstance(value, str):
+            return "<secret>"
+        return self.value(value)
 
 
 def own_names() -> dict[str, str]:

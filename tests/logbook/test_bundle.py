@@ -108,3 +108,27 @@ def test_path_becomes_a_mark_that_keeps_its_ending(path: str) -> None:
         "euler, 4 steps; 1/2 of https://example.org/a"
     )
     assert hide("runwayml/stable-diffusion") == "runwayml/stable-diffusion"
+
+
+@pytest.mark.parametrize(
+    "telling",
+    [
+        {"hf_token": "s3cret"},
+        {"headers": {"Authorization": "s3cret"}},
+        {"error": "401 for https://ada:s3cret@example.org/model"},
+        {"error": "sent Bearer s3cret and hf_s3cretS3CRETs3cret"},
+        {"error": "not found: file:///home/s3cret/model.xml"},
+    ],
+    ids=lambda telling: next(iter(telling)),
+)
+def test_access_tokens_are_taken_out(telling: dict[str, Any]) -> None:
+    """What opens a hub or a server to others is in no value, however it got there."""
+    hidden = json.dumps(Redaction({}).value(telling))
+    assert "s3cret" not in hidden
+    assert "s3cret" in json.dumps(telling)
+
+
+def test_words_that_only_look_like_secrets_stay() -> None:
+    """Counts of tokens, and names that begin as a token does, are left alone."""
+    event = {"tokens": 77, "component": "tokenizer", "shape": "hf_small"}
+    assert Redaction({}).value(event) == event
