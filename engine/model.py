@@ -14,7 +14,7 @@ from holdfast.engine.errors import InvalidRequest, ModelSourceError
 from holdfast.engine.families import VAE_DECODER, VAE_ENCODER, family_of
 from holdfast.engine.imports import heavy, quiet, tokenizing
 from holdfast.engine.integrity import read_json
-from holdfast.engine.schedulers import make_scheduler, short_name
+from holdfast.engine.schedulers import SCHEDULERS, make_scheduler, short_name
 
 if TYPE_CHECKING:
     from holdfast.engine.families import Geometry
@@ -144,6 +144,33 @@ class Model:
         msg = (
             f"{width}x{height} was asked for, but this model makes sides that are multiples of "
             f"{step}; the nearest sizes are {nearest}."
+        )
+        raise InvalidRequest(msg)
+
+    def check_steps(self, scheduler: str | None, steps: int, strength: float) -> None:
+        """
+        Make sure that a scheduler has a schedule of which `strength` is `steps` steps.
+
+        Args:
+            scheduler: A key of `SCHEDULERS`, or None for one of the model's own that is not there.
+            steps: That a pass is to run.
+            strength: Its part of the schedule, over 0 and at most 1.
+
+        Raises:
+            InvalidRequest: It has none; the text says how many steps there may be.
+        """
+        longest = None if scheduler is None else SCHEDULERS[scheduler].longest
+        if longest is None:
+            return
+        settings = read_json(self.parts / "scheduler" / "scheduler_config.json")
+        length = settings.get(*longest)
+        most = int(length * strength)
+        if steps <= most:
+            return
+        msg = (
+            f"{steps} steps were asked for, but the scheduler {scheduler!r} has {length} of them "
+            f"on this model, of which a strength of {strength:g} is {most}. Ask for {most} at "
+            "most, or use another scheduler, such as 'euler'."
         )
         raise InvalidRequest(msg)
 

@@ -21,23 +21,27 @@ class SchedulerSpec:
         class_name: diffusers' class.
         label: Name in A1111's infotext.
         options: What is set over the model's own scheduler settings.
+        longest: The setting that bounds the length of a schedule, and its value where a model has
+            none; None where a schedule may have any length.
     """
 
     class_name: str
     label: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    longest: tuple[str, int] | None = None
 
 
 _KARRAS = {"use_karras_sigmas": True}
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
+_TRAINED = ("num_train_timesteps", 1000)
 
 SCHEDULERS: Mapping[str, SchedulerSpec] = MappingProxyType({
     "euler": SchedulerSpec("EulerDiscreteScheduler", "Euler"),
     "euler-a": SchedulerSpec("EulerAncestralDiscreteScheduler", "Euler a"),
     "heun": SchedulerSpec("HeunDiscreteScheduler", "Heun"),
     "lms": SchedulerSpec("LMSDiscreteScheduler", "LMS"),
-    "ddim": SchedulerSpec("DDIMScheduler", "DDIM"),
-    "ddpm": SchedulerSpec("DDPMScheduler", "DDPM"),
+    "ddim": SchedulerSpec("DDIMScheduler", "DDIM", longest=_TRAINED),
+    "ddpm": SchedulerSpec("DDPMScheduler", "DDPM", longest=_TRAINED),
     "pndm": SchedulerSpec("PNDMScheduler", "PLMS", {"skip_prk_steps": True}),
     "dpm++2m": SchedulerSpec("DPMSolverMultistepScheduler", "DPM++ 2M"),
     "dpm++2m-karras": SchedulerSpec("DPMSolverMultistepScheduler", "DPM++ 2M Karras", _KARRAS),
@@ -48,7 +52,7 @@ SCHEDULERS: Mapping[str, SchedulerSpec] = MappingProxyType({
     "dpm++2s": SchedulerSpec("DPMSolverSinglestepScheduler", "DPM++ 2S"),
     "unipc": SchedulerSpec("UniPCMultistepScheduler", "UniPC"),
     "deis": SchedulerSpec("DEISMultistepScheduler", "DEIS"),
-    "lcm": SchedulerSpec("LCMScheduler", "LCM"),
+    "lcm": SchedulerSpec("LCMScheduler", "LCM", longest=("original_inference_steps", 50)),
     "flow-euler": SchedulerSpec("FlowMatchEulerDiscreteScheduler", "Euler"),
 })  # fmt: skip
 

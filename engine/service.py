@@ -236,6 +236,7 @@ class Service:
     def _settle(self, request: Request, seeds: tuple[int, ...]) -> tuple[PassSpec, ...]:
         passes = passes_of(request, seeds, self.config, self._model)
         for each in passes:
+            self._model.check_steps(each.scheduler, each.steps, each.strength or 1.0)
             self._model.check_memory(each.geometry, self.pipeline.budget)
         return passes
 

@@ -299,7 +299,7 @@ def test_an_interrupt_keeps_the_first_pass(tiny_ir: Path, tmp_path: Path):
     process = subprocess.Popen(  # noqa: S603 - this interpreter
         [
             sys.executable, "-c", COMMAND, "generate", "x", "--hires", "--steps", "2",
-            "--hires-steps", "900", "--first-pass", "first.png", "--log", str(log),
+            "--hires-steps", "500", "--first-pass", "first.png", "--log", str(log),
             "--model", str(tiny_ir), "--cache-dir", str(tmp_path / "cache"),
         ],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -170,7 +170,7 @@ def test_a_service_streams_progress_and_serves_the_image(engine: Engine, web: An
 
 def test_a_service_stops_a_job_for_its_holder_only(web: Any) -> None:
     """An id stops its own job; another one, such as the log tells, stops none."""
-    long = Hires(prompt=PROMPT, seed=7, steps=1000)
+    long = Hires(prompt=PROMPT, seed=7, steps=500)
     first, second = (
         web.post("/jobs", json=json.loads(long.to_json())).json()["id"] for _ in range(2)
     )
