@@ -9,9 +9,9 @@ import secrets
 import threading
 import time
 from concurrent.futures import Future
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from holdfast.engine.errors import Cancelled, HoldfastError, let_go
 from holdfast.engine.progress import Course, Progress
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Keep = Literal["nothing", "first_pass"]
 Status = Literal["queued", "running", "cancelling", "done", "failed", "cancelled"]
+
+_doing: ContextVar[Job[Any] | None] = ContextVar("doing", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +285,7 @@ class Job(Generic[T]):
         self._course.begin()
         try:
             self.checkpoint("queued")
+            context.run(_doing.set, self)
             result = context.run(work, self)
         except Cancelled as error:
             self.end("cancelled", error=error)
@@ -342,3 +345,34 @@ class Job(Generic[T]):
                 kept=kept,
             )
         return self._stopped
+
+
+@contextlib.contextmanager
+def breakable(phase: str, interrupt: Callable[[], None]) -> Iterator[None]:
+    """
+    Let a request to stop break into what is waited for inside, whichever job it is done for.
+
+    For work that lies far below a job and is done without one too, as `holdfast export` does.
+
+    Args:
+        phase: As for `Job.checkpoint`.
+        interrupt: As for `Job.interruptible`.
+
+    Raises:
+        Cancelled: In place of what the interrupted call raised.
+    """
+    job = _doing.get()
+    with contextlib.nullcontext() if job is None else job.interruptible(phase, interrupt):
+        yield
+
+
+def heed(phase: str) -> None:
+    """
+    Stop here if that was asked of the job that this is done for, if it is done for any.
+
+    Raises:
+        Cancelled: As `Job.checkpoint`.
+    """
+    job = _doing.get()
+    if job is not None:
+        job.checkpoint(phase)
