@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
+from holdfast.engine.jobs import breakable
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -69,7 +71,8 @@ def run_child(
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> None:
     """
-    Run a module as a program, and wait for it. It ends with this process, however that ends.
+    Run a module as a program, and wait for it. It ends with this process, however that ends, and
+    with the job that it is run for, where that is asked to stop.
 
     Args:
         module: Its ``__main__`` part calls `receive` first.
@@ -80,6 +83,7 @@ def run_child(
 
     Raises:
         ChildError: It failed, or could not be started.
+        Cancelled: The job that this is done for was asked to stop.
     """
     if getattr(sys, "frozen", False) or not sys.executable:
         msg = "a frozen application has no Python interpreter to start"
@@ -102,21 +106,22 @@ def run_child(
         assert child.stdin is not None  # noqa: S101 - tells the type checker what PIPE means
         assert child.stdout is not None  # noqa: S101 - the same
         try:
-            # The pipe stays open: its end tells the child that nobody waits for it any more.
-            with contextlib.suppress(BrokenPipeError):  # It has died already and left a text.
-                child.stdin.write(msgspec.json.encode(order) + b"\n")
-                child.stdin.flush()
-            for line in child.stdout:
-                on_progress(msgspec.json.decode(line, type=Progress))
-            child.wait()
+            with breakable(module.rpartition(".")[2], child.kill):
+                # The pipe stays open: its end tells the child that nobody waits any more.
+                with contextlib.suppress(BrokenPipeError):  # It has died already and left a text.
+                    child.stdin.write(msgspec.json.encode(order) + b"\n")
+                    child.stdin.flush()
+                for line in child.stdout:
+                    on_progress(msgspec.json.decode(line, type=Progress))
+                if child.wait() != 0:
+                    said.seek(0)
+                    raise ChildError(_explain(child.returncode, said.read()))
         finally:
             child.kill()
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # The order that it died before taking.
+                child.stdin.close()
             child.stdout.close()
             child.wait()
-        if child.returncode != 0:
-            said.seek(0)
-            raise ChildError(_explain(child.returncode, said.read()))
 
 
 def receive(kind: type[_T]) -> tuple[_T, Callable[[Progress], None]]:
@@ -151,4 +156,5 @@ def _explain(code: int, said: bytes) -> str:
         else f"failed (exit code {code})"
     )
     lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
-    return f"{ended}. It said last: {lines[-1] if lines else 'nothing'}"
+    last = lines[-1].rstrip(".") if lines else "nothing"
+    return f"{ended}. It said last: {last}"

@@ -19,10 +19,11 @@ from holdfast.engine.errors import CompileError, HoldfastError
 from holdfast.engine.families import accept_fractional_timesteps
 from holdfast.engine.heartbeat import heartbeat
 from holdfast.engine.imports import runtime
-from holdfast.engine.keys import DYNAMIC, ComponentKey
+from holdfast.engine.keys import DYNAMIC, ComponentKey, GraphKey
 from holdfast.engine.lora import LoraShelf, check, fuse
 from holdfast.engine.memory import compiled_bytes, giving_back_pages, private_bytes
 from holdfast.engine.plan import Cost
+from holdfast.engine.quantize import KINDS, FusedLora, quantize, quantized_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,8 +34,26 @@ if TYPE_CHECKING:
     from holdfast.engine.diskcache import DiskCache
     from holdfast.engine.events import Emitter
     from holdfast.engine.plan import Action
+    from holdfast.engine.quantize import Kind
+    from holdfast.engine.source import ModelFolder
 
 _PROBE_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    Where a component's graph comes from.
+
+    Attributes:
+        folder: The model that it is a part of.
+        component: Its name there.
+        probe_side: Height and width of the small input that it is tried with.
+    """
+
+    folder: ModelFolder
+    component: str
+    probe_side: int = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +83,8 @@ class Compiler:
 
     Args:
         emit: Where events go.
-        cache: What reads, fuses and compiles took before, and compiled blobs.
+        cache: What quantizing, reading, fusing and compiling took before, quantized graphs, and
+            compiled blobs.
         checkpoint: Called with the name of what comes next, before each native call; raises
             where the work is to stop.
         note: Told each action that was done.
@@ -94,43 +114,62 @@ class Compiler:
         self._cache = cache
         self._checkpoint = checkpoint
         self._note = note
-        self._files: dict[tuple[str, str], Path] = {}
-        self._sizes: dict[tuple[Path, str], int] = {}
-        self._probe_sides: dict[str, int] = {}
-        self._graphs: dict[tuple[str, str], ov.Model] = {}
+        self._sources: dict[str, Source] = {}
+        self._sizes: dict[tuple[Path, int], int] = {}
+        self._graphs: dict[GraphKey, ov.Model] = {}
+        self._holds: dict[GraphKey, contextlib.ExitStack] = {}
 
     @property
-    def graphs(self) -> frozenset[tuple[str, str]]:
-        """Source fingerprint and quantization of each graph that is read."""
+    def graphs(self) -> frozenset[GraphKey]:
+        """The graphs that are read."""
         return frozenset(self._graphs)
 
-    def know_source(
-        self, fingerprint: str, file: Path, *, quantization: str = "none", probe_side: int = 8
-    ) -> None:
-        """
-        Tell where a source's graph lies.
+    def know_source(self, fingerprint: str, source: Source) -> None:
+        """Tell where the graph of the source that keys name so comes from."""
+        self._sources[fingerprint] = source
 
-        Args:
-            fingerprint: The source's, as keys name it.
-            file: The graph's ``.xml``.
-            quantization: Of this graph.
-            probe_side: Height and width of the small input that it is tried with.
-        """
-        self._files[fingerprint, quantization] = file
-        self._probe_sides[fingerprint] = probe_side
+    def is_absent(self, key: ComponentKey) -> bool:
+        """Tell whether a component's graph must be quantized before it can be read."""
+        if key.quantization == "none":
+            return False
+        return not key.is_seen or not self._file(key.graph).is_file()
 
     def price(self, action: Action, key: ComponentKey) -> Cost:
-        """Return what an action is expected to take."""
+        """Return what an action is expected to take; nothing is known of what is not here yet."""
+        if not key.is_seen:
+            return Cost()
         known = self._cache.costs.expected(action, key.device, key.component, _bucket(key))
         seconds = None if known is None else known.seconds
         return Cost(seconds, self.bytes(key) if action == "compile" else 0)
 
     def bytes(self, key: ComponentKey) -> int:
         """Return what a component takes in memory once it is compiled."""
-        where = (self._file(key), dict(key.properties)[PRECISION])
+        width = 4 if dict(key.properties)[PRECISION] == "f32" else 2
+        where = (self._file(key.graph), width)
         if where not in self._sizes:
+            if self.is_absent(key):  # until it is quantized: as if all of it were
+                return compiled_bytes(self._file(GraphKey(key.source)), 1)
             self._sizes[where] = compiled_bytes(*where)
         return self._sizes[where]
+
+    def quantize(self, key: ComponentKey) -> None:
+        """
+        Compute a component's 8-bit graph, LoRAs included, unless that was done before.
+
+        Raises:
+            LoraError: A LoRA does not fit the graph, or its file is gone. Nothing was computed.
+            ModelSourceError: The quantization failed.
+            Cancelled: The job was stopped.
+        """
+        self._checkpoint("quantize")
+        with compile_errors(key):
+            graph = self.core.read_model(self._file(GraphKey(key.source)))
+            for use in key.lora:
+                check(self.loras.content(use), key.component, graph)
+        self._hold(key.graph)
+        with self._timed("quantize", key):
+            quantize(*self._recipe(key.graph), self._cache.root, self._emit)
+        self._cache.prune()
 
     def read(self, key: ComponentKey) -> None:
         """
@@ -141,7 +180,8 @@ class Compiler:
             Cancelled: The checkpoint said so.
         """
         self._checkpoint("read")
-        file = self._file(key)
+        self._hold(key.graph)
+        file = self._file(key.graph)
         with (
             compile_errors(key),
             self._emit.span("component.read", component=key.component) as learned,
@@ -150,7 +190,7 @@ class Compiler:
             graph = self.core.read_model(file)
             accept_fractional_timesteps(graph)
             learned["bytes"] = file.with_suffix(".bin").stat().st_size
-            self._graphs[key.source, key.quantization] = graph
+            self._graphs[key.graph] = graph
 
     def check_loras(self, key: ComponentKey) -> None:
         """
@@ -159,7 +199,7 @@ class Compiler:
         Raises:
             LoraError: One does not, or its file is gone.
         """
-        for use in key.lora:
+        for use in key.fused:
             check(self.loras.content(use), key.component, self._graph(key))
 
     def make(self, key: ComponentKey) -> Component:
@@ -172,25 +212,33 @@ class Compiler:
         """
         with compile_errors(key):
             graph = self._graph(key)
-            return self._compile(self._fuse(graph, key) if key.lora else graph, key)
+            return self._compile(self._fuse(graph, key) if key.fused else graph, key)
 
     def forget(self, sources: frozenset[str] = frozenset()) -> None:
         """Give up every graph of a source that is not among `sources`."""
-        self._graphs = {where: g for where, g in self._graphs.items() if where[0] in sources}
+        self._graphs = {key: g for key, g in self._graphs.items() if key.source in sources}
+        for graph in [key for key in self._holds if key.source not in sources]:
+            self._holds.pop(graph).close()
+
+    def _hold(self, graph: GraphKey) -> None:
+        """Keep a quantized graph, which is of the cache, from being pruned until `forget`."""
+        if graph.quantization != "none" and graph not in self._holds:
+            hold = self._holds[graph] = contextlib.ExitStack()
+            hold.enter_context(self._cache.hold(self._file(graph).parent))
 
     def _graph(self, key: ComponentKey) -> ov.Model:
-        if (key.source, key.quantization) not in self._graphs:
+        if key.graph not in self._graphs:
             self.read(key)
-        return self._graphs[key.source, key.quantization]
+        return self._graphs[key.graph]
 
     def _fuse(self, graph: ov.Model, key: ComponentKey) -> ov.Model:
         self._checkpoint("fuse")
-        names = [str(use) for use in key.lora]
+        names = [str(use) for use in key.fused]
         with (
             self._emit.span("component.fuse", component=key.component, lora=names) as learned,
             self._timed("fuse", key),
         ):
-            loras = [(self.loras.content(use), use.weight) for use in key.lora]
+            loras = [(self.loras.content(use), use.weight) for use in key.fused]
             learned["layers"] = sum(len(lora.layers[key.component]) for lora, _ in loras)
             return fuse(graph, key.component, loras)
 
@@ -203,6 +251,7 @@ class Compiler:
         span = self._emit.span(
             "component.compile",
             component=key.component, key=key.digest, device_asked=key.device, shape=key.shape,
+            lora=[str(use) for use in key.lora],
         )  # fmt: skip
         beat = heartbeat(
             self._emit,
@@ -210,7 +259,7 @@ class Compiler:
             key=key.digest,
             expected_seconds=self.price("compile", key).seconds,
         )
-        pages = giving_back_pages(self._file(key).with_suffix(".bin"))
+        pages = giving_back_pages(self._file(key.graph).with_suffix(".bin"))
         with span as learned, self._timed("compile", key), beat, pages:
             compiled, cached = self._compiled(graph, key)
             self._try(compiled, key)
@@ -267,7 +316,7 @@ class Compiler:
         inputs = {
             index: np.zeros(shape, port.get_element_type().to_dtype())
             for index, (port, shape) in enumerate(
-                _probe_shapes(compiled, self._probe_sides[key.source])
+                _probe_shapes(compiled, self._sources[key.source].probe_side)
             )
         }
         request = compiled.create_infer_request()
@@ -280,8 +329,18 @@ class Compiler:
                 )
                 raise CompileError(msg, component=key.component, key=key.digest)
 
-    def _file(self, key: ComponentKey) -> Path:
-        return self._files[key.source, key.quantization]
+    def _file(self, graph: GraphKey) -> Path:
+        if graph.quantization == "none":
+            source = self._sources[graph.source]
+            return source.folder.component_path(source.component)
+        return quantized_graph(*self._recipe(graph), self._cache.root)
+
+    def _recipe(self, graph: GraphKey) -> tuple[ModelFolder, Kind, tuple[FusedLora, ...]]:
+        (kind,) = (kind for kind in KINDS if kind == graph.quantization)
+        loras = (
+            FusedLora(str(self.loras.place(use)), use.digest, use.weight) for use in graph.loras
+        )
+        return self._sources[graph.source].folder, kind, tuple(loras)
 
     @contextlib.contextmanager
     def _timed(self, action: Action, key: ComponentKey) -> Iterator[None]:

@@ -67,6 +67,7 @@ class ComponentStore:
 
         Raises:
             LoraError: A LoRA does not fit. Nothing was given up or compiled.
+            ModelSourceError: A component could not be quantized. The same.
             CompileError: A component could not be read, fused, compiled or tried.
             Cancelled: The checkpoint said so.
         """
@@ -75,7 +76,9 @@ class ComponentStore:
         staged: dict[ComponentKey, Component] = {}
         try:
             for step, key in todo:
-                if step.action == "read":
+                if step.action == "quantize":
+                    self.compiler.quantize(key)
+                elif step.action == "read":
                     self.compiler.read(key)
             for step, key in todo:
                 if step.action == "fuse":

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import msgspec
 from filelock import FileLock, Timeout
 
+from holdfast.engine.jobs import heed
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _MAGIC = b"holdfast blob 1\n"
 _DIGEST_BYTES = 32
 _SCRATCH = ".tmp-"
+_LOOK_SECONDS = 0.2
 _T = TypeVar("_T")
 
 
@@ -88,7 +91,8 @@ class DiskCache:
         The hold ends with the process, however that ends: it is an operating system's file lock.
         """
         self._held.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._held / f"{entry.name}~{uuid.uuid4().hex}.lock")
+        name = f"{entry.name}~{uuid.uuid4().hex}.lock"
+        lock = FileLock(self._held / name, thread_local=False)  # any thread may let it go
         with self._bookkeeping():
             lock.acquire()
             if entry.exists():
@@ -243,9 +247,12 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
     Args:
         folder: Where it is to be. Exists afterwards, whole.
         build: Called with an empty folder beside it. Where it raises, nothing is left behind.
+
+    Raises:
+        Cancelled: The job that this is done for was asked to stop while others built.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(_build_lock(folder)):
+    with _patiently(FileLock(_build_lock(folder))):
         for leftover in folder.parent.glob(f"{folder.name}{_SCRATCH}*"):
             shutil.rmtree(leftover)
         if folder.is_dir():
@@ -287,6 +294,19 @@ def discard(entry: Path) -> None:
 
 def _scratch(path: Path) -> Path:
     return path.with_name(f"{path.name}{_SCRATCH}{uuid.uuid4().hex}")
+
+
+@contextlib.contextmanager
+def _patiently(lock: Any) -> Iterator[None]:
+    """Hold a lock that others may hold for minutes, for as long as the job at hand has them."""
+    while not lock.is_locked:
+        heed("wait for another process")
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=_LOOK_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _build_lock(folder: Path) -> Path:

@@ -61,7 +61,7 @@ _SPANS = {
     ),
     "component.compile": _span(
         "a component is compiled and tried with one small inference",
-        ("component", "key", "device_asked", "shape"),
+        ("component", "key", "device_asked", "shape", "lora"),
         ("device", "precision", "cache", "bytes"),
     ),
     "request": _span(

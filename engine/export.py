@@ -8,27 +8,21 @@ none of that touches the host: its memory comes back whole, and a crash is an er
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
 import sys
-import tempfile
-import threading
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from holdfast.engine.errors import ModelSourceError
+from holdfast.engine.child import ChildError, Progress, receive, run_child
+from holdfast.engine.errors import Cancelled, ModelSourceError
 from holdfast.engine.imports import heavy, quiet
 
-_SILENT = {
-    "DIFFUSERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "PYTHONWARNINGS": "ignore",
-    "TRANSFORMERS_VERBOSITY": "error",
-}
-_OFFLINE = {"HF_HUB_OFFLINE": "1"}
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from holdfast.states import Emit
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -51,55 +45,72 @@ class Order(msgspec.Struct, frozen=True):
     config: str | None = None
 
 
-def export(order: Order, target: Path) -> None:
+def export(
+    order: Order, target: Path, on_progress: Callable[[Progress], None] = lambda _: None
+) -> None:
     """
     Write a model as OpenVINO IR, in the layout of ``optimum-cli export openvino``.
 
     Args:
         order: What to export.
         target: An existing folder. Holds an incomplete model where this raises.
+        on_progress: Told of each phase as it begins.
 
     Raises:
         ModelSourceError: The export failed; the text ends with what the exporter said last.
+        Cancelled: The job that this is done for was asked to stop.
     """
-    if getattr(sys, "frozen", False) or not sys.executable:
-        msg = (
+    offline = Path(order.source).is_dir() or order.config is not None
+    try:
+        run_child(__name__, order, target, offline=offline, on_progress=on_progress)
+    except ChildError as error:
+        raise ModelSourceError(_explain(order, error)) from error
+
+
+@contextlib.contextmanager
+def export_told(
+    source: str, fingerprint: str, target: Path, emit: Emit
+) -> Iterator[Callable[[Progress], None]]:
+    """
+    Log how the making of OpenVINO IR begins, how far it has come, and how it ends.
+
+    Args:
+        source: What it is made of, for a person.
+        fingerprint: Of what is made, as the cache names it.
+        target: The folder that it is written into.
+        emit: Told ``export.started``, ``export.progress``, and ``export.completed``,
+            ``export.failed`` or ``export.cancelled``.
+
+    Yields:
+        What the log's progress is told with.
+    """
+    facts: dict[str, Any] = {"source": source, "fingerprint": fingerprint}
+
+    def tell(progress: Progress) -> None:
+        emit("export.progress", level="debug", **facts, **msgspec.structs.asdict(progress))
+
+    emit("export.started", **facts)
+    began = time.perf_counter()
+    try:
+        yield tell
+    except Cancelled:
+        emit("export.cancelled", level="warning", seconds=time.perf_counter() - began, **facts)
+        raise
+    except BaseException as error:
+        facts["error"] = f"{type(error).__name__}: {error}"
+        emit("export.failed", level="error", seconds=time.perf_counter() - began, **facts)
+        raise
+    facts["bytes"] = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    emit("export.completed", seconds=time.perf_counter() - began, **facts)
+
+
+def _explain(order: Order, error: ChildError) -> str:
+    if error.frozen:
+        return (
             f"{order.source} must be exported to OpenVINO IR, which needs a Python interpreter "
             "beside this frozen application; export it beforehand with `holdfast export` and give "
             "the exported folder."
         )
-        raise ModelSourceError(msg)
-    environment = {
-        **os.environ,
-        **_SILENT,
-        **(_OFFLINE if Path(order.source).is_dir() or order.config else {}),
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    command = [sys.executable, "-P", "-m", __name__, str(target)]
-    with tempfile.TemporaryFile() as said:
-        child = subprocess.Popen(  # noqa: S603 - our own interpreter, on our own module
-            command, stdin=subprocess.PIPE, stdout=said, stderr=said, env=environment
-        )
-        assert child.stdin is not None  # noqa: S101 - tells the type checker what PIPE means
-        try:
-            # The pipe stays open: its end tells the child that nobody waits for it any more.
-            with contextlib.suppress(BrokenPipeError):  # It has died already and left a text.
-                child.stdin.write(msgspec.json.encode(order) + b"\n")
-                child.stdin.flush()
-            child.wait()
-        finally:
-            child.kill()
-            child.stdin.close()
-            child.wait()
-        if child.returncode != 0:
-            said.seek(0)
-            raise ModelSourceError(_explain(order, child.returncode, said.read()))
-
-
-def _explain(order: Order, code: int, said: bytes) -> str:
-    lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
-    last = lines[-1].rstrip(".") if lines else "nothing"
-    ended = f"was stopped by signal {-code}" if code < 0 else f"failed with exit code {code}"
     if order.source.endswith(".safetensors") and order.config is None:
         advice = (
             "A single file carries neither configs nor a tokenizer, and diffusers takes them from "
@@ -114,21 +125,13 @@ def _explain(order: Order, code: int, said: bytes) -> str:
         )
     return (
         f"{order.source} was to be exported to OpenVINO IR as {order.pipeline}, but the exporter "
-        f"{ended}. It said last: {last}. {advice}"
+        f"{error}. {advice}"
     )
 
 
-def _die_with_parent() -> None:
-    def wait() -> None:
-        os.read(0, 1)
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def _main() -> None:
-    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
-    _die_with_parent()
+    order, tell = receive(Order)
+    tell(Progress("load", 0, 2))
     heavy()
     import diffusers
     import torch
@@ -152,6 +155,7 @@ def _main() -> None:
                 requires_safety_checker=False,
                 **settings,
             )
+        tell(Progress("convert", 1, 2))
         export_from_model(
             pipeline,
             Path(sys.argv[1]),

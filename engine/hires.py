@@ -71,6 +71,13 @@ def settle_seeds(request: Request) -> tuple[int, ...]:
     return tuple(range(seed, seed + request.batch))
 
 
+def modes_of(request: Request) -> tuple[Mode, ...]:
+    """Return the mode of each pass of a request."""
+    if isinstance(request, Hires):
+        return (Mode.TXT2IMG, Mode.IMG2IMG)
+    return (Mode.IMG2IMG if isinstance(request, Img2Img) else Mode.TXT2IMG,)
+
+
 def passes_of(
     request: Request, seeds: tuple[int, ...], config: EngineConfig, model: Model
 ) -> tuple[PassSpec, ...]:
@@ -88,7 +95,7 @@ def passes_of(
     on_cpu = "GPU" not in config.device_of(model.family.denoiser)
     first = PassSpec(
         number=1,
-        mode=Mode.IMG2IMG if isinstance(request, Img2Img) else Mode.TXT2IMG,
+        mode=modes_of(request)[0],
         width=width,
         height=height,
         steps=request.steps,
@@ -108,7 +115,7 @@ def passes_of(
     second = replace(
         first,
         number=2,
-        mode=Mode.IMG2IMG,
+        mode=modes_of(request)[1],
         width=width,
         height=height,
         steps=request.hires_steps or request.steps,

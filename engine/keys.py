@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from holdfast.states import Mode
 
 DYNAMIC = "dynamic"
+_UNSEEN = " is not here yet"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,22 @@ class LoraUse:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.weight:g}"
+
+
+@dataclass(frozen=True)
+class GraphKey:
+    """
+    The identity of a graph as it is read from disk.
+
+    Attributes:
+        source: Fingerprint of the component's graph, weights and configuration.
+        quantization: ``"none"``, ``"int8"`` or ``"int8-weights"``.
+        loras: Fused into it before it was quantized; empty where it is not.
+    """
+
+    source: str
+    quantization: str = "none"
+    loras: tuple[LoraUse, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,9 +82,32 @@ class ComponentKey:
     properties: tuple[tuple[str, str], ...] = ()
     openvino: str = ""
 
+    @property
+    def is_seen(self) -> bool:
+        """Whether its source is here and has a fingerprint; see `unseen_key`."""
+        return not self.source.endswith(_UNSEEN)
+
+    @property
+    def graph(self) -> GraphKey:
+        """What is read for it."""
+        if self.quantization == "none":
+            return GraphKey(self.source)
+        return GraphKey(self.source, self.quantization, self.lora)
+
+    @property
+    def fused(self) -> tuple[LoraUse, ...]:
+        """The LoRAs that are not in its graph yet when that is read."""
+        return self.lora if self.quantization == "none" else ()
+
     @cached_property
     def digest(self) -> str:
-        """Sixteen hexadecimal digits that stand for the key in logs and file names."""
+        """
+        Sixteen hexadecimal digits that stand for the key in logs and file names.
+
+        Empty where the source has no fingerprint yet.
+        """
+        if not self.is_seen:
+            return ""
         loras = [f"{use.digest}@{use.weight!r}" for use in self.lora]
         plain = [getattr(self, each.name) for each in fields(self) if each.name != "lora"]
         facts = (*plain, loras)
@@ -89,6 +129,11 @@ def _shown(value: str | tuple[object, ...]) -> str:
         return value
     texts = ("=".join(map(str, each)) if isinstance(each, tuple) else str(each) for each in value)
     return "+".join(texts) or "none"
+
+
+def unseen_key(component: str, device: str, quantization: str = "none") -> ComponentKey:
+    """Return what stands for a component's key until it is downloaded and exported."""
+    return ComponentKey(component, component + _UNSEEN, quantization=quantization, device=device)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def trim() -> None:
             libc.malloc_trim(0)
 
 
-def compiled_bytes(graph: Path, precision: str) -> int:
+def compiled_bytes(graph: Path, width: int) -> int:
     """
     Return what a graph takes in memory once it is compiled, in bytes.
 
@@ -98,14 +98,13 @@ def compiled_bytes(graph: Path, precision: str) -> int:
 
     Args:
         graph: The ``.xml`` of an OpenVINO IR.
-        precision: ``"f32"``, or one of the 16-bit ones.
+        width: Bytes that one floating-point constant takes in the precision computed in.
     """
-    wide = 4 if precision == "f32" else 2
     text = graph.read_bytes()
     total = text.count(b"<layer ") * _OPERATION_BYTES
     for kind, size in _CONSTANT.findall(text):
         stored = _STORED_BYTES.get(kind)
-        total += int(size) if stored is None else int(size) // stored * wide
+        total += int(size) if stored is None else int(size) // stored * width
     return total
 
 

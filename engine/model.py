@@ -60,9 +60,14 @@ class Model:
         """Return the fingerprint of a component's graph, weights and configuration."""
         return self._folders[component].component_fingerprint(component)
 
-    def file(self, component: str) -> Path:
-        """Return the ``.xml`` of a component."""
-        return self._folders[component].component_path(component)
+    @property
+    def paths(self) -> frozenset[Path]:
+        """The folders that its parts lie in."""
+        return frozenset(folder.path for folder in self._folders.values())
+
+    def folder_of(self, component: str) -> ModelFolder:
+        """Return the model that a component is taken from."""
+        return self._folders[component]
 
     def probe_side(self, component: str) -> int:
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -21,11 +22,9 @@ from holdfast.engine.errors import (
     InvalidRequest,
     let_go,
 )
-from holdfast.engine.families import Geometry
 from holdfast.engine.imports import begin_heavy
-from holdfast.engine.keys import keys_for
 from holdfast.engine.memory import resident_bytes
-from holdfast.engine.plan import Move, Plan, Stage, Standing, Step, plan, plan_again
+from holdfast.engine.plan import Cost, Move, Plan, Stage, Standing, Step, plan, plan_again
 from holdfast.engine.settings import Resolver, Settings
 from holdfast.engine.views import View, check_view, make_view
 from holdfast.states import Lifecycle, Trigger
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from holdfast.engine.config import EngineConfig
     from holdfast.engine.diskcache import DiskCache
     from holdfast.engine.events import Emitter
+    from holdfast.engine.families import Geometry
     from holdfast.engine.jobs import Job
     from holdfast.engine.keys import ComponentKey
     from holdfast.engine.model import Model
@@ -65,14 +65,22 @@ class CompiledPipeline:
         self._views: dict[Mode, View] = {}
         self._job: Job[Any] | None = None
         self._geometry: Geometry | None = None
-        self._resolver = Resolver(self.store.compiler, cache.root, emit)
-        self._settings = self._resolver.settings(config)
+        self._resolver = Resolver(self.store.compiler, cache, emit)
+        self._config = config
+        self._found: Settings | None = None
         self.store.compiler.keeps_blobs = config.compiled_cache
 
     @property
     def config(self) -> EngineConfig:
         """What it is set to."""
-        return self._settings.config
+        return self._config
+
+    @property
+    def _settings(self) -> Settings:
+        """What follows from `config`; the model is found (and exported) when it is needed first."""
+        if self._found is None:
+            self._found = self._resolver.settings(self._config)
+        return self._found
 
     @property
     def model(self) -> Model:
@@ -113,15 +121,39 @@ class CompiledPipeline:
         Raises:
             LoraError: A LoRA file is refused.
         """
-        setup, geometry = self._settings.setup, geometry or self._latest_geometry()
-        if loras is not None:
-            setup = setup.with_loras(self._resolver.identify(loras, self.model))
-        keys = keys_for(self.model.family, setup, mode, geometry, self.model.scale)
-        return Stage(mode, keys)
+        settings = self._settings
+        uses = None if loras is None else self._resolver.identify(loras, settings.model)
+        return Stage(mode, settings.keys(mode, geometry or self._geometry, uses))
 
     def plan(self, stages: Sequence[Stage]) -> Plan:
         """Decide what serving these stages takes. No side effect."""
-        return plan(self.standing(), stages, self.store.compiler.price)
+        compiler = self.store.compiler
+        keys = {key for stage in stages for key in stage.keys.values()}
+        absent = frozenset(key.graph for key in keys if compiler.is_absent(key))
+        return plan(replace(self.standing(), absent=absent), stages, compiler.price)
+
+    def plan_ahead(self, config: EngineConfig, modes: Sequence[Mode]) -> Plan | None:
+        """
+        Decide what serving these modes takes, as far as that is known while a model is missing.
+
+        Returns:
+            The plan, which begins with a download or an export; None where nothing is missing.
+
+        Raises:
+            ModelSourceError: The model or VAE is not there, or is refused.
+        """
+        missing = self._resolver.missing(config)
+        if not missing:
+            return None
+        keys = {
+            mode: self._resolver.foresee(config, mode, self._geometry, missing) for mode in modes
+        }
+        steps = tuple(
+            Step(each.needs, str(getattr(config, field)), "", f"{field}: not here as OpenVINO IR",
+                 Cost(each.seconds))
+            for field, each in missing.items()
+        )  # fmt: skip
+        return replace(self.plan([Stage(mode, keys[mode]) for mode in modes]), ahead=steps)
 
     @contextlib.contextmanager
     def working_for(self, job: Job[Any]) -> Iterator[None]:
@@ -199,12 +231,13 @@ class CompiledPipeline:
         return view
 
     def plan_change(self, config: EngineConfig) -> Plan:
-        """Decide what other settings would take. Nothing that serves changes."""
-        before, self._settings = self._settings, self._resolver.settings(config)
+        """Decide what other settings would take. No side effect."""
+        mode = self.lifecycle.mode
         try:
-            return self._plan_change_from(before)
+            ahead = self.plan_ahead(config, [] if mode is None else [mode])
+            return ahead or self._plan_change(self._resolver.settings(config))
         finally:
-            self._settings = before
+            self._resolver.keep(self._found)
 
     def configure(self, config: EngineConfig) -> Plan:
         """
@@ -222,17 +255,23 @@ class CompiledPipeline:
             InvalidRequest: The device does not exist, or the budget is too small. The same.
             CompileError: See `carry_out`. The settings are the ones from before.
         """
-        before, self._settings = self._settings, self._resolver.settings(config)
+        before = self._found
         try:
-            made = self._plan_change_from(before)
+            found = self._resolver.settings(config)
+            made = self._plan_change(found)
+            self._found = found  # what a pass after a failed one is planned with
             self.follow(made)
         except BaseException:
-            self._settings = before
+            self._found = before
             raise
+        else:
+            self._config = config
+        finally:
+            self._resolver.keep(self._found)
         self.store.compiler.keeps_blobs = config.compiled_cache
-        if config.model != before.config.model:
+        if before is not None and config.model != before.config.model:
             self._drop_views()
-            sources = frozenset(self._settings.setup.sources.values())
+            sources = frozenset(found.setup.sources.values())
             self.store.forget(sources, "its model was replaced")
         return made
 
@@ -273,6 +312,11 @@ class CompiledPipeline:
         self.store.release(reason)
         self._fire(Trigger.UNLOAD, reason)
 
+    def close(self) -> None:
+        """Give every component back, and let go of the model's files."""
+        self.unload("closed")
+        self._resolver.keep(None)
+
     def announce(self, made: Plan) -> None:
         """
         Log what will be done, and forget what was done before.
@@ -311,23 +355,15 @@ class CompiledPipeline:
             self._views.clear()
             gc.collect()  # optimum's pipelines hold reference cycles
 
-    def _latest_geometry(self) -> Geometry:
-        scale, last = self.model.scale, self._geometry
-        if last is None or last.width % scale.multiple or last.height % scale.multiple:
-            return Geometry(scale.default, scale.default)
-        return last
-
-    def _plan_change_from(self, before: Settings) -> Plan:
-        """Plan what differs between two settings; all else serves on, be it a pass's own."""
+    def _plan_change(self, settings: Settings) -> Plan:
+        """Plan what other settings change; all else serves on, be it of a pass's own."""
         mode = self.lifecycle.mode
         if mode is None:
             return self.plan([])
-        now, self._settings = self._settings, before
-        was = self.stage(mode).keys
-        self._settings = now
+        was = self._settings.keys(mode, self._geometry)
         keys = {
             name: self.store.service[name].key if was.get(name) == key else key
-            for name, key in self.stage(mode).keys.items()
+            for name, key in settings.keys(mode, self._geometry).items()
         }
         return self.plan([Stage(mode, keys)])
 

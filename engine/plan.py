@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from holdfast.engine.config import Policy
-    from holdfast.engine.keys import ComponentKey
+    from holdfast.engine.keys import ComponentKey, GraphKey
     from holdfast.states import Mode
 
-Action = Literal["read", "fuse", "compile", "reuse", "load", "switch", "recompile", "evict"]
+Action = Literal[
+    "download", "export", "quantize", "read", "fuse", "compile", "reuse", "evict",
+    "load", "switch", "recompile",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Step:
 
     Attributes:
         action: What.
-        subject: The component, or the mode that a ``load``, ``switch`` or ``recompile`` ends in.
+        subject: The component, the mode that a ``load``, ``switch`` or ``recompile`` ends in, or
+            the model of a ``download`` or ``export``.
         key: Digest of the component's key; empty for a change of state.
         reason: The fields that call for it, ``"field: old -> new"``.
         cost: What it is expected to take.
@@ -73,7 +77,8 @@ class Standing:
         mode: In service; None when unloaded.
         service: The key in service for each component.
         held: Every compiled component with its bytes, least recently used first.
-        graphs: Source fingerprint and quantization of each graph that is read.
+        graphs: Those that are read.
+        absent: Those that must be quantized before they can be read.
         budget: Bytes that all held components may take; None: no limit.
         policy: ``"stage_first"`` keeps what serves until its successor is compiled,
             ``"evict_first"`` gives it up first, ``"auto"`` only where the budget is too small.
@@ -82,7 +87,8 @@ class Standing:
     mode: Mode | None = None
     service: Mapping[str, ComponentKey] = field(default_factory=dict)
     held: Mapping[ComponentKey, int] = field(default_factory=dict)
-    graphs: frozenset[tuple[str, str]] = frozenset()
+    graphs: frozenset[GraphKey] = frozenset()
+    absent: frozenset[GraphKey] = frozenset()
     budget: int | None = None
     policy: Policy = "auto"
 
@@ -97,7 +103,7 @@ class Move:
             last one and back again); ``"reuse"`` puts held components in service, nothing else.
         mode: In service afterwards.
         service: The key in service for each component afterwards.
-        steps: What is evicted, read, fused, compiled and reused, in this order.
+        steps: What is quantized, read, evicted, fused, compiled and reused, in this order.
         reason: Of the change of state.
     """
 
@@ -127,6 +133,8 @@ class Plan:
     What will be done, in order.
 
     Attributes:
+        ahead: Downloads and exports that come first. Where there are any, what follows is told as
+            far as it can be: the bytes that it takes are not known.
         stages: The moves before each pass; empty where everything needed is in service.
         peak_bytes: The most that compiled components will hold at once.
         budget: The limit that was planned for; None: no limit.
@@ -135,11 +143,13 @@ class Plan:
     stages: tuple[tuple[Move, ...], ...]
     peak_bytes: int
     budget: int | None
+    ahead: tuple[Step, ...] = ()
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """Every step of every stage."""
-        return tuple(step for moves in self.stages for move in moves for step in move.all_steps)
+        """Every step, in order."""
+        moves = (move for moves in self.stages for move in moves)
+        return (*self.ahead, *(step for move in moves for step in move.all_steps))
 
     @property
     def fits(self) -> bool:
@@ -179,10 +189,11 @@ class Plan:
         ]
         limit = "no budget set" if self.budget is None else f"budget {self.budget / 2**20:.0f} MiB"
         verdict = "" if self.fits else ": does not fit"
-        return "\n".join([*table, f"peak {self.peak_bytes / 2**20:.0f} MiB, {limit}{verdict}"])
+        peak = "unknown" if self.ahead else f"{self.peak_bytes / 2**20:.0f} MiB"
+        return "\n".join([*table, f"peak {peak}, {limit}{verdict}"])
 
 
-_TIMED = ("read", "fuse", "compile")
+_TIMED = ("download", "export", "quantize", "read", "fuse", "compile")
 _EVICT_FIRST = "evict_first was asked for"
 _NO_ROOM = "the memory budget cannot hold old and new"
 _BUDGET = "memory budget"
@@ -235,6 +246,7 @@ class _Walk:
         self._service = dict(now.service)
         self._held = dict(now.held)
         self._graphs = set(now.graphs)
+        self._absent = now.absent
         self._budget = now.budget
         self._policy = now.policy
         self._price = price
@@ -303,8 +315,11 @@ class _Walk:
     def _read(self, missing: Iterable[ComponentKey]) -> Iterator[Step]:
         """Read every graph before anything is given up or compiled for it."""
         for key in missing:
-            if (key.source, key.quantization) not in self._graphs:
-                self._graphs.add((key.source, key.quantization))
+            if key.graph not in self._graphs:
+                self._graphs.add(key.graph)
+                if key.graph in self._absent:
+                    cost = self._price("quantize", key)
+                    yield self._step("quantize", key, "not quantized yet", cost)
                 yield self._step("read", key, "not read yet", self._price("read", key))
 
     def _make_room(
@@ -341,7 +356,7 @@ class _Walk:
         return self._step("evict", key, reason, Cost(bytes=self._held.pop(key)))
 
     def _compile(self, key: ComponentKey, reason: str) -> Iterator[Step]:
-        if key.lora:
+        if key.fused:
             yield self._step("fuse", key, reason, self._price("fuse", key))
         cost = self._price("compile", key)
         self._held[key] = cost.bytes

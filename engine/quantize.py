@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,17 +18,20 @@ import numpy as np
 
 from holdfast.engine.child import ChildError, Progress, receive, run_child
 from holdfast.engine.diskcache import build_once
-from holdfast.engine.errors import ModelSourceError
+from holdfast.engine.errors import LoraError, ModelSourceError
+from holdfast.engine.export import export_told
 from holdfast.engine.families import accept_fractional_timesteps, family_of
 from holdfast.engine.imports import heavy, quiet
 from holdfast.engine.integrity import read_json
+from holdfast.engine.lora import fuse, read_lora
 from holdfast.engine.source import GRAPH, INDEX
 from holdfast.states import Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from holdfast.engine.families import Family
+    from holdfast.engine.lora import LoraFile
     from holdfast.engine.source import ModelFolder
     from holdfast.states import Emit
 
@@ -47,6 +49,21 @@ STEPS = 4
 KEPT = r".*\.(conv_in|conv_out|time_embedding|add_embedding|time_emb_proj)\b.*"
 
 
+class FusedLora(msgspec.Struct, frozen=True):
+    """
+    A LoRA that is fused into the denoiser before it is quantized.
+
+    Attributes:
+        path: The file.
+        digest: Of its content.
+        weight: Factor on its change of the weights.
+    """
+
+    path: str
+    digest: str
+    weight: float
+
+
 class Order(msgspec.Struct, frozen=True):
     """
     What is to be quantized.
@@ -54,65 +71,73 @@ class Order(msgspec.Struct, frozen=True):
     Attributes:
         model: The model's folder, as OpenVINO IR.
         kind: To what.
+        loras: Fused before.
         prompts: Denoised to observe activations.
         steps: For each of them.
     """
 
     model: str
     kind: Kind
+    loras: tuple[FusedLora, ...] = ()
     prompts: tuple[str, ...] = PROMPTS
     steps: int = STEPS
 
+    def fingerprint(self, denoiser: str) -> str:
+        """Return what the result is known by; `denoiser` is the fingerprint of the model's."""
+        loras = [(lora.digest, lora.weight) for lora in self.loras]
+        recipe = repr((denoiser, self.kind, self.prompts, self.steps, KEPT, loras))
+        return hashlib.sha256(recipe.encode()).hexdigest()[:32]
 
-def quantize(model: ModelFolder, kind: Kind, cache_dir: Path, emit: Emit) -> Path:
+
+def quantized_graph(
+    model: ModelFolder, kind: Kind, loras: tuple[FusedLora, ...], cache_dir: Path
+) -> Path:
+    """Return where the ``.xml`` that `quantize` makes lies, or will."""
+    order = Order(str(model.path), kind, loras)
+    denoiser = model.component_fingerprint(family_of(model.class_name).denoiser)
+    return cache_dir / "exports" / order.fingerprint(denoiser) / GRAPH
+
+
+def quantize(
+    model: ModelFolder, kind: Kind, loras: tuple[FusedLora, ...], cache_dir: Path, emit: Emit
+) -> Path:
     """
     Return the 8-bit graph of a model's denoiser; the first time this takes minutes.
 
     Args:
         model: Of any family.
         kind: ``"int8"`` or ``"int8-weights"``.
-        cache_dir: Where it is kept, below ``exports``, under a digest of the denoiser, `kind` and
-            how its ranges are observed.
-        emit: Told ``export.started``, ``export.progress`` and ``export.completed`` where there is
-            work to do.
+        loras: Fused before: what is quantized, and observed, is the denoiser with them.
+        cache_dir: Where it is kept, below ``exports``, under a digest of the denoiser, `kind`,
+            `loras` and how its ranges are observed.
+        emit: Told ``export.*`` where there is work to do.
 
     Returns:
         The graph's ``.xml``.
 
     Raises:
         ModelSourceError: The quantization failed, or this is a frozen application.
+        Cancelled: The job that this is done for was asked to stop.
     """
-    order = Order(str(model.path), kind)
-    denoiser = model.component_fingerprint(family_of(model.class_name).denoiser)
-    recipe = repr((denoiser, kind, order.prompts, order.steps, KEPT))
-    fingerprint = hashlib.sha256(recipe.encode()).hexdigest()[:32]
-    target = cache_dir / "exports" / fingerprint
+    graph = quantized_graph(model, kind, loras, cache_dir)
+    names = "".join(f" + {Path(lora.path).stem}@{lora.weight:g}" for lora in loras)
 
     def build(scratch: Path) -> None:
-        facts = {"source": f"{model.path} ({kind})", "fingerprint": fingerprint}
-        emit("export.started", **facts)
-        began = time.perf_counter()
+        source = f"{model.path}{names} ({kind})"
+        with export_told(source, graph.parent.name, scratch, emit) as tell:
+            try:
+                order = Order(str(model.path), kind, loras)
+                run_child(__name__, order, scratch, offline=True, on_progress=tell)
+            except ChildError as error:
+                msg = (
+                    f"precision={kind!r} was asked for, but quantizing the denoiser of "
+                    f"{model.path}{names} {error}. Use another precision; see `holdfast doctor` "
+                    "for free memory."
+                )
+                raise ModelSourceError(msg) from error
 
-        def tell(progress: Progress) -> None:
-            emit("export.progress", **facts, **msgspec.structs.asdict(progress))
-
-        try:
-            run_child(__name__, order, scratch, offline=True, on_progress=tell)
-        except BaseException as error:
-            seconds = time.perf_counter() - began
-            emit("export.failed", error=str(error), seconds=seconds, **facts)
-            if not isinstance(error, ChildError):
-                raise
-            msg = (
-                f"precision={kind!r} was asked for, but quantizing the denoiser of {model.path} "
-                f"{error}. Use another precision; see `holdfast doctor` for free memory."
-            )
-            raise ModelSourceError(msg) from error
-        size = sum(path.stat().st_size for path in scratch.iterdir())
-        emit("export.completed", bytes=size, seconds=time.perf_counter() - began, **facts)
-
-    build_once(target, build)
-    return target / GRAPH
+    build_once(graph.parent, build)
+    return graph
 
 
 def _main(target: Path) -> None:
@@ -123,12 +148,14 @@ def _main(target: Path) -> None:
 
     index = read_json(Path(order.model) / INDEX)
     family = family_of(index["_class_name"])
+    loras = [_lora(lora, family) for lora in order.loras]
     graph = ov.Core().read_model(Path(order.model) / family.denoiser / GRAPH)
     accept_fractional_timesteps(graph)
+    graph = fuse(graph, family.denoiser, loras)
     if order.kind == "int8-weights":
         graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
     else:
-        samples = list(_trajectories(order, family, tell))
+        samples = list(_trajectories(order, family, loras, tell))
         graph = nncf.quantize(
             graph,
             nncf.Dataset(samples, _counted(len(samples), tell)),
@@ -139,17 +166,31 @@ def _main(target: Path) -> None:
     ov.save_model(graph, target / GRAPH, compress_to_fp16=False)
 
 
+def _lora(wanted: FusedLora, family: Family) -> tuple[LoraFile, float]:
+    file = read_lora(Path(wanted.path), family.name)
+    if file.digest != wanted.digest:
+        msg = f"LoRA {wanted.path} has changed since it was identified. Configure it anew."
+        raise LoraError(msg)
+    return file, wanted.weight
+
+
 def _trajectories(
-    order: Order, family: Family, tell: Callable[[Progress], None]
+    order: Order,
+    family: Family,
+    loras: Sequence[tuple[LoraFile, float]],
+    tell: Callable[[Progress], None],
 ) -> Iterator[dict[str, Any]]:
-    """Yield each input of the denoiser while it makes images."""
+    """Yield each input of the denoiser while it makes images, with its LoRAs."""
     import optimum.intel.openvino as optimum_openvino
     import torch
 
     cls = getattr(optimum_openvino, family.pipelines[Mode.TXT2IMG])
     with quiet():
-        pipeline = cls.from_pretrained(order.model)
+        pipeline = cls.from_pretrained(order.model, compile=False)
         pipeline.set_progress_bar_config(disable=True)
+        for name in (*family.text_encoders, family.denoiser):
+            part = getattr(pipeline, name)
+            part.model = fuse(part.model, name, loras)
         denoiser = getattr(pipeline, family.denoiser)
         denoiser.compile()
         recorder = denoiser.request = _Recorder(denoiser.request)

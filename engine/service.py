@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast.engine.config import EngineConfig
 from holdfast.engine.errors import HoldfastError, InvalidRequest
 from holdfast.engine.families import VAE_DECODER
-from holdfast.engine.hires import passes_of, run_request, settle_seeds
+from holdfast.engine.hires import modes_of, passes_of, run_request, settle_seeds
 from holdfast.engine.images import digest
 from holdfast.engine.imports import runtime
 from holdfast.engine.memory import resident_bytes
@@ -79,7 +79,7 @@ class Service:
 
     @property
     def pipeline(self) -> CompiledPipeline:
-        """The compiled pipeline; finds (and where needed exports) the model the first time."""
+        """The compiled pipeline; its model is found (and exported) when it is needed first."""
         if self._opened is None:
             # OpenVINO comes in here, with the first thing that needs a model.
             runtime()
@@ -113,7 +113,8 @@ class Service:
         with self._true_state():
             if isinstance(asked, EngineConfig):
                 return self.pipeline.plan_change(asked)
-            return self._plan(self._settle(asked, settle_seeds(asked)))
+            ahead = self.pipeline.plan_ahead(self.config, modes_of(asked))
+            return ahead or self._plan(self._settle(asked, settle_seeds(asked)))
 
     def prepare(self, job: Job[Any], request: Request) -> Plan:
         """Compile everything that a request needs, and stop in the mode of its first pass."""
@@ -140,6 +141,8 @@ class Service:
         if self._opened is not None:
             self._emit("engine.snapshot", **self.facts())
         self.unload("closed")
+        if self._opened is not None:
+            self._opened.close()
         self._opened = None
 
     def facts(self) -> dict[str, Any]:
@@ -249,8 +252,7 @@ class Service:
         with self._true_state(), self.pipeline.working_for(job):
             if trigger not in self._lifecycle.legal():
                 self._lifecycle.fire(trigger)  # refuses, and the log tells
-            stage = self.pipeline.stage(mode, self.pipeline.geometry)
-            made = self.pipeline.plan([stage])
+            made = self.pipeline.plan([self.pipeline.stage(mode)])
             self.pipeline.follow(made)
             return made
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from holdfast.engine.compiler import Source
 from holdfast.engine.devices import check_components, effective_properties, wants_static_shapes
-from holdfast.engine.keys import LoraUse, Setup
+from holdfast.engine.families import VAE_DECODER, VAE_ENCODER, Geometry, family_of
+from holdfast.engine.keys import Setup, keys_for, unseen_key
 from holdfast.engine.model import Model
-from holdfast.engine.quantize import quantize
-from holdfast.engine.source import resolve
+from holdfast.engine.quantize import KINDS
+from holdfast.engine.source import missing, resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from holdfast.engine.compiler import Compiler
     from holdfast.engine.config import EngineConfig
+    from holdfast.engine.diskcache import DiskCache
     from holdfast.engine.events import Emitter
+    from holdfast.engine.keys import ComponentKey, LoraUse
     from holdfast.engine.requests import Lora
+    from holdfast.engine.source import Missing, ModelFolder
+    from holdfast.states import Mode
 
 
 @dataclass(frozen=True)
@@ -35,22 +43,92 @@ class Settings:
     model: Model
     setup: Setup
 
+    def keys(
+        self, mode: Mode, geometry: Geometry | None, loras: tuple[LoraUse, ...] | None = None
+    ) -> dict[str, ComponentKey]:
+        """
+        Return the key of each component that a mode needs.
+
+        Args:
+            mode: That is to be served.
+            geometry: Of its images; where the model cannot make that, or for None, its own.
+            loras: In place of those of the settings, or None.
+        """
+        scale, setup = self.model.scale, self.setup
+        if geometry is None or geometry.width % scale.multiple or geometry.height % scale.multiple:
+            geometry = Geometry(scale.default, scale.default)
+        if loras is not None:
+            setup = setup.with_loras(loras)
+        return keys_for(self.model.family, setup, mode, geometry, scale)
+
 
 class Resolver:
     """
     Works settings out, and tells the compiler where the files lie.
 
+    The exports that it has found are kept from being pruned, by whichever process, until `keep`.
+
     Args:
         compiler: Knows the devices, and reads LoRA files.
-        cache_dir: Where exported models go.
+        cache: Where exported models go.
         emit: Where events go.
     """
 
-    def __init__(self, compiler: Compiler, cache_dir: Path, emit: Emitter) -> None:
+    def __init__(self, compiler: Compiler, cache: DiskCache, emit: Emitter) -> None:
         self._compiler = compiler
-        self._cache_dir = cache_dir
+        self._cache = cache
         self._emit = emit
         self._found: tuple[tuple[object, object], Model] | None = None
+        self._holds: dict[Path, contextlib.ExitStack] = {}
+
+    def missing(self, config: EngineConfig) -> Mapping[str, Missing]:
+        """
+        Return what `settings` would download or export first: of ``"model"`` and of ``"vae"``.
+
+        Raises:
+            ModelSourceError: One of them is not there, or is refused.
+        """
+        if self._found is not None and self._found[0] == (config.model, config.vae):
+            return {}
+        named = {"model": config.model} | ({} if config.vae is None else {"vae": config.vae})
+        found = {
+            field: missing(name, self._cache.root, self._emit) for field, name in named.items()
+        }
+        return {field: each for field, each in found.items() if each is not None}
+
+    def foresee(
+        self,
+        config: EngineConfig,
+        mode: Mode,
+        geometry: Geometry | None,
+        missing: Mapping[str, Missing],
+    ) -> dict[str, ComponentKey]:
+        """
+        Return what stands for the keys of a mode's components while something is missing.
+
+        Args:
+            config: What is asked for.
+            mode: That is to be served.
+            geometry: As for `Settings.keys`.
+            missing: From the method of this name.
+
+        Returns:
+            Keys, of which those of a missing VAE or model are not known; none at all where a model
+            must be downloaded for it to be known what it consists of.
+        """
+        if "model" not in missing:
+            found = self.settings(config.but(vae=None))
+            keys = found.keys(mode, geometry)
+            gone = {VAE_DECODER, VAE_ENCODER} & keys.keys()
+            return keys | {name: unseen_key(name, config.device_of(name)) for name in gone}
+        if not missing["model"].class_name:
+            return {}
+        family = family_of(missing["model"].class_name)
+        kinds = {family.denoiser: _quantization(config)}
+        return {
+            name: unseen_key(name, config.device_of(name), kinds.get(name, "none"))
+            for name in family.components(mode)
+        }
 
     def settings(self, config: EngineConfig) -> Settings:
         """
@@ -63,27 +141,18 @@ class Resolver:
         model, compiler = self._model(config), self._compiler
         names = model.family.all_components
         check_components(config, names)
-        int8 = config.precision.startswith("int8")
         setup = Setup(
             sources={name: model.source(name) for name in names},
             devices={name: config.device_of(name) for name in names},
             properties={name: effective_properties(config, name, compiler.core) for name in names},
-            quantization=config.precision if int8 else "none",
+            quantization=_quantization(config),
             static=wants_static_shapes(config, model.family.denoiser, compiler.core),
             loras=self.identify(config.lora, model),
             openvino=compiler.openvino_version,
         )
         for name in names:
             compiler.know_source(
-                model.source(name), model.file(name), probe_side=model.probe_side(name)
-            )
-        if config.precision in ("int8", "int8-weights"):
-            denoiser = model.family.denoiser
-            compiler.know_source(
-                model.source(denoiser),
-                quantize(model.folder, config.precision, self._cache_dir, self._emit),
-                quantization=config.precision,
-                probe_side=model.probe_side(denoiser),
+                model.source(name), Source(model.folder_of(name), name, model.probe_side(name))
             )
         return Settings(config, model, setup)
 
@@ -98,10 +167,32 @@ class Resolver:
         uses = (shelf.use(lora.path, lora.weight, family) for lora in loras)
         return tuple(sorted(uses, key=lambda use: (use.digest, use.weight)))
 
+    def keep(self, settings: Settings | None) -> None:
+        """Let go of every model that was found but that of these settings."""
+        model = None if settings is None else settings.model
+        if self._found is not None and self._found[1] is not model:
+            self._found = None
+        for path in self._holds.keys() - (frozenset() if model is None else model.paths):
+            self._holds.pop(path).close()
+
     def _model(self, config: EngineConfig) -> Model:
         named = (config.model, config.vae)
         if self._found is None or self._found[0] != named:
-            folder = resolve(config.model, self._cache_dir, self._emit)
-            vae = None if config.vae is None else resolve(config.vae, self._cache_dir, self._emit)
+            folder = self._resolved(config.model)
+            vae = None if config.vae is None else self._resolved(config.vae)
             self._found = (named, Model(folder, vae))
+            self._cache.prune()
         return self._found[1]
+
+    def _resolved(self, model: str | Path) -> ModelFolder:
+        found = resolve(model, self._cache.root, self._emit)
+        if found.path.parent == self._cache.exports and found.path not in self._holds:
+            hold = self._holds[found.path] = contextlib.ExitStack()
+            hold.enter_context(self._cache.hold(found.path))
+            # Another process may have pruned it just before.
+            found = resolve(model, self._cache.root, self._emit)
+        return found
+
+
+def _quantization(config: EngineConfig) -> str:
+    return config.precision if config.precision in KINDS else "none"

@@ -13,12 +13,12 @@ import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from holdfast.engine import hub
-from holdfast.engine.diskcache import build_once, discard
+from holdfast.engine.diskcache import Costs, build_once, discard
 from holdfast.engine.errors import ModelSourceError
-from holdfast.engine.export import Order, export
+from holdfast.engine.export import Order, export, export_told
 from holdfast.engine.families import family_of
 from holdfast.engine.integrity import Digests, check_ir, read_json, safetensors_dtypes
 
@@ -72,6 +72,52 @@ class ModelFolder:
         return read_json(self.path / name / "config.json")
 
 
+@dataclass(frozen=True)
+class Missing:
+    """
+    A model that is not here as OpenVINO IR yet.
+
+    Attributes:
+        needs: ``"download"`` (an export may follow, which is known then) or ``"export"``.
+        class_name: The pipeline class; empty where the model must be downloaded to know.
+        seconds: That such an export took before; None where there is nothing to go by.
+    """
+
+    needs: Literal["download", "export"]
+    class_name: str = ""
+    seconds: float | None = None
+
+
+def missing(model: str | Path, cache_dir: Path, emit: Emit) -> Missing | None:
+    """
+    Tell what `resolve` would have to do first; nothing is downloaded or exported here.
+
+    Args:
+        model: As for `resolve`.
+        cache_dir: As for `resolve`.
+        emit: Told ``cache.discarded``.
+
+    Raises:
+        ModelSourceError: There is no such model, or it is incomplete, damaged or not supported.
+    """
+    cache_dir = cache_dir.expanduser().resolve()
+    with _file_errors(model, cache_dir):
+        found = _present(model, None)
+        if found is None:
+            return Missing("download")
+        ordered = _ordered(found, Digests(cache_dir / "digests.json", emit))
+    if ordered is None:
+        return None
+    order, fingerprint = ordered
+    target = cache_dir / "exports" / fingerprint
+    if target.is_dir():
+        with contextlib.suppress(ModelSourceError):
+            _check(target, _index(target))
+            return None
+    known = Costs(cache_dir / "costs.json", emit).expected(*_export_cost(order))
+    return Missing("export", order.pipeline, None if known is None else known.seconds)
+
+
 def resolve(
     model: str | Path, cache_dir: Path, emit: Emit, *, revision: str | None = None
 ) -> ModelFolder:
@@ -91,22 +137,11 @@ def resolve(
     """
     cache_dir = cache_dir.expanduser().resolve()
     digests = Digests(cache_dir / "digests.json", emit)
-    try:
+    with _file_errors(model, cache_dir):
         found = _locate(model, revision, emit)
-        if found.is_file():
-            folder = _exported(*_order_for_file(found, digests), cache_dir, emit)
-        elif any(found.glob(f"*/{GRAPH}")):
-            folder = found
-        else:
-            folder = _exported(*_order_for_folder(found, digests), cache_dir, emit)
+        ordered = _ordered(found, digests)
+        folder = found if ordered is None else _exported(*ordered, cache_dir, emit)
         resolved = _identified(folder, digests)
-    except OSError as error:
-        msg = (
-            f"{model} was to be resolved with the cache in {cache_dir}, but a file could not be "
-            f"read or written ({error}). Check permissions and free space, or give another "
-            "cache_dir."
-        )
-        raise ModelSourceError(msg) from error
     emit(
         "model.resolved",
         model=str(model),
@@ -117,7 +152,29 @@ def resolve(
     return resolved
 
 
+@contextlib.contextmanager
+def _file_errors(model: str | Path, cache_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        msg = (
+            f"{model} was to be resolved with the cache in {cache_dir}, but a file could not be "
+            f"read or written ({error}). Check permissions and free space, or give another "
+            "cache_dir."
+        )
+        raise ModelSourceError(msg) from error
+
+
 def _locate(model: str | Path, revision: str | None, emit: Emit) -> Path:
+    present = _present(model, revision)
+    if present is None:
+        present = hub.download(str(model), revision, emit)
+        _check_source(present)
+    return present
+
+
+def _present(model: str | Path, revision: str | None) -> Path | None:
+    """Return where a model lies; None where it must be downloaded."""
     if model == "demo":
         from holdfast.engine import demo
 
@@ -136,9 +193,7 @@ def _locate(model: str | Path, revision: str | None, emit: Emit) -> Path:
             present = hub.downloaded(model, revision)
             _check_source(present)
             return present
-        present = hub.download(model, revision, emit)
-        _check_source(present)
-        return present
+        return None
     msg = (
         f"{model} was given as the model, but there is no such folder or file. Give a folder of "
         "OpenVINO IR or diffusers, a .safetensors file, a hub id (owner/name), or 'demo'."
@@ -154,6 +209,15 @@ def _check_source(folder: Path) -> None:
     else:
         for part in _parts(config):
             _weights(folder, part)
+
+
+def _ordered(found: Path, digests: Digests) -> tuple[Order, str] | None:
+    """Return how to export a model, and what the result is known by; None where it is IR."""
+    if found.is_file():
+        return _order_for_file(found, digests)
+    if any(found.glob(f"*/{GRAPH}")):
+        return None
+    return _order_for_folder(found, digests)
 
 
 def _order_for_folder(source: Path, digests: Digests) -> tuple[Order, str]:
@@ -224,27 +288,21 @@ def _exported(order: Order, fingerprint: str, cache_dir: Path, emit: Emit) -> Pa
             emit("cache.discarded", level="warning", entry=target.name, why=str(damage))
 
     def build(scratch: Path) -> None:
-        with _export_told(order.source, fingerprint, scratch, emit):
-            export(order, scratch)
+        with export_told(order.source, fingerprint, scratch, emit) as tell:
+            began = time.perf_counter()
+            export(order, scratch, tell)
             _check(scratch, _index(scratch))
+            seconds = time.perf_counter() - began
+        size = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
+        costs = Costs(cache_dir / "costs.json", emit)
+        costs.record(*_export_cost(order), seconds=seconds, bytes=size)
 
     build_once(target, build)
     return target
 
 
-@contextlib.contextmanager
-def _export_told(source: str, fingerprint: str, scratch: Path, emit: Emit) -> Iterator[None]:
-    facts: dict[str, Any] = {"source": source, "fingerprint": fingerprint}
-    emit("export.started", **facts)
-    began = time.perf_counter()
-    try:
-        yield
-    except BaseException as error:
-        facts["error"] = f"{type(error).__name__}: {error}"
-        emit("export.failed", level="error", seconds=time.perf_counter() - began, **facts)
-        raise
-    facts["bytes"] = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
-    emit("export.completed", seconds=time.perf_counter() - began, **facts)
+def _export_cost(order: Order) -> tuple[str, str, str, str]:
+    return "export", "CPU", order.pipeline, "half" if order.half else "full"
 
 
 def _identified(folder: Path, digests: Digests) -> ModelFolder:

@@ -157,10 +157,6 @@ def _evicted(course: Course, event: Mapping[str, Any]) -> None:
     course.shelf.evict(event)
 
 
-def _fused(course: Course, event: Mapping[str, Any]) -> None:
-    course.shelf.fuse(event)
-
-
 def _reused(course: Course, event: Mapping[str, Any]) -> None:
     course.shelf.reuse(event)
 
@@ -226,7 +222,6 @@ _FOLDS: Mapping[str, Callable[[Course, Mapping[str, Any]], None]] = {
         for work in ("read", "fuse", "compile")
         for ending in ("failed", "cancelled")
     },
-    "component.fuse.completed": _fused,
     "component.reused": _reused,
     "component.evicted": _evicted,
     "engine.snapshot": _snapped,

@@ -29,7 +29,6 @@ class Shelf:
         self.held: dict[str, str] = {}
         self.service: dict[str, str] = {}
         self._loras: dict[str, frozenset[str]] = {}
-        self._fused: dict[str, frozenset[str]] = {}
         self._staged: dict[str, str] = {}
         self._given_up: set[str] = set()
 
@@ -41,15 +40,11 @@ class Shelf:
             return None
         return frozenset().union(*(self._loras[key] for key in serving.values()))
 
-    def fuse(self, event: Mapping[str, Any]) -> None:
-        """Take in ``component.fuse.completed``: the next compile of the component has them."""
-        self._fused[str(event.get("component"))] = lora_set(event.get("lora") or ())
-
     def compile(self, event: Mapping[str, Any]) -> None:
         """Take in ``component.compile.completed``."""
         component, key = str(event.get("component")), str(event.get("key"))
         self._staged[key] = component
-        self._loras[key] = self._fused.pop(component, frozenset())
+        self._loras[key] = lora_set(event.get("lora") or ())
 
     def reuse(self, event: Mapping[str, Any]) -> None:
         """Take in ``component.reused``."""
@@ -75,5 +70,5 @@ class Shelf:
         self.held |= restored
 
     def drop_staged(self) -> None:
-        """Forget what a failed move has staged, and what it had fused for a compile to come."""
-        self._staged, self._fused = {}, {}
+        """Forget what a failed move has staged."""
+        self._staged = {}

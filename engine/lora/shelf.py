@@ -63,6 +63,10 @@ class LoraShelf:
             self._contents[use.digest] = file
         return self._contents[use.digest]
 
+    def place(self, use: LoraUse) -> Path:
+        """Return where the file lay when it was identified last."""
+        return self._places[use.digest][0]
+
     def clear(self) -> None:
         """Let go of the layers of all files; what identifies them stays known."""
         self._contents.clear()

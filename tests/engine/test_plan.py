@@ -61,7 +61,7 @@ def standing(
         mode=mode,
         service=service,
         held={each: BYTES[each.component] for each in held},
-        graphs=frozenset((each.source, each.quantization) for each in held),
+        graphs=frozenset(each.graph for each in held),
         budget=budget,
         policy=policy,
     )
