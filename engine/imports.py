@@ -44,7 +44,10 @@ def runtime() -> None:
 
 def tokenizing(emit: Emit | None = None) -> None:
     """
-    Import ``transformers`` as far as tokenizers need it (2 s the first time), as `heavy` does.
+    Import ``transformers`` as far as CLIP's tokenizer needs it (2 s at first), as `heavy` does.
+
+    Prompts are checked before anything is compiled, and so before the rest can be imported beside
+    a compile. The classes that find the right tokenizer by themselves would take twice as long.
 
     Args:
         emit: See `heavy`.
@@ -56,7 +59,7 @@ def tokenizing(emit: Emit | None = None) -> None:
             _hide("torchvision")
             if emit is not None:
                 emit("imports.torchvision_hidden", level="warning", error=error)
-        importlib.import_module("transformers.models.auto.tokenization_auto")
+        importlib.import_module("transformers.models.clip.tokenization_clip")
 
 
 def begin_heavy() -> None:

@@ -12,7 +12,7 @@ from tests.benchmarks import report
 from tests.benchmarks.costs import import_seconds
 from tests.benchmarks.fleet import Worker
 from tests.benchmarks.model import make_model
-from tests.benchmarks.peers import GROUPS, INT8_GROUP, compare_images, measure_peers
+from tests.benchmarks.peers import FAR, INT8_GROUP, NEAR, compare_images, measure_peers
 from tests.benchmarks.workload import Workload
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def main() -> None:
     rounds, warm = (2, 3) if arguments.full else (1, 3 if arguments.quick else 2)
     parts = arguments.only or PARTS[: None if arguments.full else -1]
     if "peers" in parts:
-        measured = measure_peers(workload, GROUPS, folder, rounds=rounds, warm=warm)
+        measured = measure_peers(workload, NEAR, folder, rounds=rounds, warm=warm)
+        measured |= measure_peers(workload, FAR, folder, rounds=1, warm=1)
         report.report_peers("peers", workload, measured)
         report.plot(measured)
     if "int8" in parts:
@@ -52,6 +53,7 @@ def main() -> None:
         large = Workload(**places, side=512, hires_side=1024)
         measured = measure_peers(large, [("Holdfast", "GenAI")], folder, rounds=1, warm=1)
         report.report_peers("large", large, measured)
+    report.report_goals()
 
 
 def _costs(workload: Workload, folder: Path) -> None:

@@ -19,12 +19,9 @@ if TYPE_CHECKING:
     from tests.benchmarks.workload import Answer, Workload
 
 # Those in one group are alive together and take turns; memory decides who can be.
-GROUPS = (
-    ("Holdfast", "GenAI", "Floor"),
-    ("Optimum",),
-    ("Reload",),
-    ("Diffusers",),
-)
+NEAR = (("Holdfast", "GenAI", "Floor"),)
+FAR = (("Optimum",), ("Reload",), ("Diffusers",))
+"""So much slower or larger that one run beside the first one tells."""
 INT8_GROUP = ("HoldfastInt8", "GenAI", "HoldfastInt8Weights")
 PROMPT = "a large red circle on a blue background, {}"
 

@@ -8,6 +8,7 @@ import re
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -37,6 +38,23 @@ LIBRARIES = (
     "openvino", "openvino-genai", "optimum-intel", "diffusers", "transformers", "torch", "nncf",
 )  # fmt: skip
 GIB = 2**30
+GOALS = (
+    ("warm hires against openvino-genai, CPU", ("peers", "Holdfast", "GenAI", "warm_cpu"), 1.0),
+    ("... wall", ("peers", "Holdfast", "GenAI", "warm"), 1.0),
+    ("... against the floor, CPU", ("peers", "Holdfast", "Floor", "warm_cpu"), 1.03),
+    ("... `int8` against openvino-genai, CPU", ("int8", "HoldfastInt8", "GenAI", "warm_cpu"), 0.65),
+    ("start to first image against openvino-genai, CPU",
+     ("peers", "Holdfast", "GenAI", "start_cpu"), 1.1),
+    ("... wall", ("peers", "Holdfast", "GenAI", "start"), 1.1),
+    ("peak resident memory against openvino-genai", ("peers", "Holdfast", "GenAI", "peak"), 0.7),
+    ("switch between the modes, all held, ms", ("costs", "dynamic", "switches", "milliseconds"), 5),
+    ("lifecycle, plan and log of one request, CPU ms",
+     ("costs", "dynamic", "bookkeeping", "milliseconds"), 2),
+    ("`import holdfast.engine`, CPU s", ("costs", "import_seconds"), 0.3),
+    ("compiled by a second hires, `dynamic`", ("costs", "dynamic", "second", "compiled"), 0),
+    ("... `static`", ("costs", "static", "second", "compiled"), 0),
+    ("four single runs against a batch of 4, CPU", ("costs", "dynamic", "batch", "throughput"), 1),
+)  # fmt: skip
 
 
 def machine() -> dict[str, Any]:
@@ -95,16 +113,14 @@ def report_peers(name: str, workload: Workload, measured: Mapping[str, Measured]
     write_raw(name, {"machine": machine(), "workload": job, "systems": systems})
     head = [
         "way", "first image, s", "CPU s", "warm hires, s", "CPU s", "peak, GiB",
-        "warm CPU against genai", "peak against genai",
+        "warm CPU against genai", "against the floor", "peak against genai",
     ]  # fmt: skip
     rows = [head]
-    peer = measured.get("GenAI")
     for system, each in measured.items():
-        ratios = ["", ""]
-        if peer is not None:
-            ratios = [
-                f"{each.median(field) / peer.median(field):.2f}" for field in ("warm_cpu", "peak")
-            ]
+        ratios = [
+            f"{each.median(field) / measured[peer].median(field):.2f}" if peer in measured else ""
+            for field, peer in (("warm_cpu", "GenAI"), ("warm_cpu", "Floor"), ("peak", "GenAI"))
+        ]
         rows.append(
             [
                 LABELS[system],
@@ -150,6 +166,29 @@ def report_changes(changes: Mapping[str, Mapping[str, float]]) -> None:
         figures = [f"{each[field]:.3f}" for field in fields]
         rows.append([change, ", ".join(compiled) or "nothing", *figures])
     write_table("changes", rows)
+
+
+def report_goals() -> None:
+    """Write what is aimed at beside what was measured, as far as it was."""
+    raw = json.loads(RAW.read_text())
+    rows = [["measure", "measured", "goal"]]
+    for name, place, goal in GOALS:
+        value = _ratio(raw, *place) if place[0] in ("peers", "int8") else _found(raw, place)
+        if value is not None:
+            bound = "at least" if place[-1] == "throughput" else "at most"
+            rows.append([name, f"{value:.2f}", f"{bound} {goal:g}"])
+    write_table("goals", rows)
+
+
+def _ratio(raw: Any, table: str, system: str, peer: str, field: str) -> float | None:
+    one, other = (_found(raw, (table, "systems", name, field)) for name in (system, peer))
+    return None if one is None or other is None else median(one) / median(other)
+
+
+def _found(raw: Any, place: Sequence[str]) -> Any:
+    for name in place:
+        raw = None if raw is None else raw.get(name)
+    return raw
 
 
 def plot(measured: Mapping[str, Measured]) -> None:
