@@ -16,10 +16,8 @@ from holdfast.engine.logbook.write import JsonLines, line
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-_KEPT = (
-    "event", "engine_id", "seq", "timestamp", "level", "request_id", "pass", "mode", "component",
-    "key", "source", "trigger", "dest", "state", "step", "steps", "device_asked", "shape",
-)  # fmt: skip
+_LEFT_OUT = frozenset({"prompt", "negative_prompt", "words", "error"})
+_CARRIED = b'{"carried":'
 
 
 class FlightRecorder:
@@ -28,8 +26,9 @@ class FlightRecorder:
 
     Each event is handed to the operating system before the emitter returns, and so before the
     native call that it announces: it outlives the process, though not a loss of power. The files
-    are logs in the format of `JsonLines` with fewer keys; prompts and texts of errors are never
-    in them. One path serves one engine at a time.
+    are logs in the format of `JsonLines`, without prompts and texts of errors; a newer one begins
+    with what was under way when the older one was full, in lines that are no events to a reader.
+    One path serves one engine at a time.
 
     Args:
         path: The newer file; the older one stands beside it, with ``.1`` after its name.
@@ -47,8 +46,8 @@ class FlightRecorder:
         self._bytes = self._path.stat().st_size
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """Write the event's place and time; when this returns, the operating system has them."""
-        record = {key: event[key] for key in _KEPT if key in event} | {"pid": os.getpid()}
+        """Write the event; when this returns, the operating system has it."""
+        record = {key: event[key] for key in event if key not in _LEFT_OUT} | {"pid": os.getpid()}
         encoded = line(record)
         if self._bytes + len(encoded) > self._segment_bytes:
             self._turn_over()
@@ -68,7 +67,7 @@ class FlightRecorder:
         self._lines = JsonLines(self._path)
         self._bytes = 0
         for span in self._spans:
-            self._append(line(span.started.event))
+            self._append(_CARRIED + line(span.started.event)[:-1] + b"}\n")
 
     def _append(self, encoded: bytes) -> None:
         self._lines.append(encoded)
@@ -117,7 +116,13 @@ def _older(path: Path) -> Path:
 def _entries(path: Path) -> Iterator[Entry]:
     for segment in (_older(path), path):
         if segment.exists():
-            yield from (item for item in read(log_lines(segment)) if isinstance(item, Entry))
+            lines = (_uncarried(each) for each in log_lines(segment))
+            yield from (item for item in read(lines) if isinstance(item, Entry))
+
+
+def _uncarried(encoded: bytes) -> bytes:
+    carried = encoded.startswith(_CARRIED) and encoded.endswith(b"}\n")
+    return encoded[len(_CARRIED) : -2] + b"\n" if carried else encoded
 
 
 def _is_alive(sign: Entry) -> bool:

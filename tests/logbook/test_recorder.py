@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from holdfast.engine.events import Emitter
+from holdfast.engine.logbook.audit import audit
 from holdfast.engine.logbook.read import log_lines, read
 from holdfast.engine.recorder import FlightRecorder, crash_found
+
+from .audited import assert_clean, events_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -119,15 +122,25 @@ def test_recording_stays_within_its_bound_and_holds_no_prompt(tmp_path: Path) ->
     assert not any(b"secret" in each.read_bytes() for each in tmp_path.iterdir())
 
 
-def test_recording_is_a_log_of_its_own(tmp_path: Path) -> None:
-    """The recording is read by the same reader as every log."""
-    path = tmp_path / "flight"
-    recorder = FlightRecorder(path)
-    emit = Emitter("e", (recorder,))
-    emit("engine.opened")
-    emit("state.changed", trigger="load-txt2img", source="unloaded", dest="compiled-txt2img")
+def test_recording_is_a_log_of_its_own(hires_log: Path, tmp_path: Path) -> None:
+    """The recording of a whole run stands the audit as the log of the run does."""
+    recorder = FlightRecorder(tmp_path / "flight")
+    for event in events_of(hires_log):
+        recorder(event)
     recorder.close()
-    assert [item.event["event"] for item in read(log_lines(path))] == [  # type: ignore[union-attr] # no line is a problem
-        "engine.opened",
-        "state.changed",
-    ]
+    assert_clean(tmp_path / "flight")
+
+
+def test_recording_that_lost_its_beginning_breaks_no_rule(hires_log: Path, tmp_path: Path) -> None:
+    """What both files still hold is told as incomplete, and nothing in it as broken."""
+    recorder = FlightRecorder(tmp_path / "flight", 20_000)
+    for event in events_of(hires_log):
+        recorder(event)
+    recorder.close()
+    files = [tmp_path / "flight.1", tmp_path / "flight"]
+    verdict = audit(read(each for file in files for each in log_lines(file)))
+    assert verdict.clean, verdict.engines
+    (engine,) = verdict.engines
+    assert len(engine.missing) == 1
+    assert engine.missing[0].startswith("it begins with seq ")
+    assert verdict.problem_counts.keys() <= {"foreign"}
