@@ -221,7 +221,7 @@ def _reached(text: str) -> Callable[[Entry], bool]:
 def _print(console: Console, where: Text, told: Text) -> None:
     """Print one event: on a terminal wrapped behind its time, elsewhere as one line."""
     if not console.is_terminal:
-        console.print(where + told)
+        typer.echo(f"{where.plain}{told.plain}")  # a third of what rich takes
         return
     margin = where.cell_len
     for part in told.wrap(console, max(_NARROWEST, console.width - margin)):

@@ -12,6 +12,7 @@ import structlog
 
 from holdfast.engine.errors import Cancelled
 from holdfast.engine.events import EVENTS, LOGGER_NAME, Emitter
+from tests.engine.workbench import PATIENCE, Bench
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -150,6 +151,22 @@ def test_scope_reaches_the_events_inside_it_alone() -> None:
         other.join()
     emit("memory.sampled", rss_bytes=1, held_bytes=0)
     assert [event.get("request_id") for event in told] == ["r", None, None]
+
+
+def test_events_of_a_job_have_what_the_host_bound_where_it_was_submitted() -> None:
+    """What the host bound around a submit stands in the events of the engine's own thread too."""
+    captured = structlog.testing.LogCapture()
+    structlog.configure(processors=[structlog.contextvars.merge_contextvars, captured])
+    bench = Bench()
+    try:
+        with structlog.contextvars.bound_contextvars(http_request="abc"):
+            job = bench.owner.submit("x", lambda _: bench.emit("engine.closed", state="unloaded"))
+        job.result(PATIENCE)
+    finally:
+        bench.owner.close(timeout=PATIENCE)
+        structlog.reset_defaults()
+    told = {event["event"]: event.get("http_request") for event in captured.entries}
+    assert told == {"request.queued": "abc", "engine.closed": "abc"}
 
 
 def test_event_without_an_entry_in_the_reference_is_refused() -> None:

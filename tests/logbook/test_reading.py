@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,8 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.engine.logbook.audit import audit
+from holdfast.engine.logbook.drawing import svg
+from holdfast.engine.logbook.page import page
+from holdfast.engine.logbook.perfetto import trace
 from holdfast.engine.logbook.read import Entry, Problem, log_lines, read
 from holdfast.engine.logbook.replay import courses
+from holdfast.engine.logbook.story import Story
+from holdfast.engine.logbook.timeline import lanes
 from holdfast.engine.logbook.write import JsonLines, line
 
 from .audited import events_of
@@ -102,13 +108,38 @@ def test_event_with_any_value_under_any_key_is_judged(
     hires_events: list[dict[str, Any]], value: object, data: st.DataObject
 ) -> None:
     """An event whose keys hold anything at all is an event or a problem, and never an exception."""
-    number = data.draw(st.integers(0, len(hires_events) - 1))
-    key = data.draw(st.sampled_from(sorted(hires_events[number])))
-    events = list(hires_events)
-    events[number] = {**events[number], key: value}
-    lines = [line(event) for event in events]
+    lines = _with_any_value(hires_events, value, data)
     verdict = audit(read(lines))
     assert len(list(courses(read(lines)))) == sum(engine.events for engine in verdict.engines)
+
+
+@settings(max_examples=60)
+@given(value=json_values | st.just(NASTY) | st.just(10**400), data=st.data())
+def test_event_with_any_value_under_any_key_is_told_and_drawn(
+    hires_events: list[dict[str, Any]], value: object, data: st.DataObject
+) -> None:
+    """Whatever an event holds, it is told in one printable line, and drawn as well-formed text."""
+    lines = _with_any_value(hires_events, value, data)
+    entries = [item for item in read(lines) if isinstance(item, Entry)]
+    story = Story()
+    for entry in entries:
+        where, told = story.tell(entry)
+        assert (where + told).plain.isprintable()
+    drawn = lanes(entries)
+    ET.fromstring(svg(drawn))  # noqa: S314 - our own picture
+    assert json.loads(trace(drawn))["traceEvents"]
+    assert "</html>" in page(drawn, entries, audit(read(lines)), "log")
+
+
+def _with_any_value(
+    events: list[dict[str, Any]], value: object, data: st.DataObject
+) -> list[bytes]:
+    number = data.draw(st.integers(0, len(events) - 1))
+    key = data.draw(st.sampled_from(sorted(events[number])))
+    return [
+        line({**event, key: value} if place == number else event)
+        for place, event in enumerate(events)
+    ]
 
 
 def test_lines_of_the_host_are_told_as_foreign_and_harm_nothing(lines: list[bytes]) -> None:

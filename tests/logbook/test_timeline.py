@@ -18,6 +18,7 @@ from holdfast.engine.logbook.timeline import TooMuch, lanes
 from holdfast.engine.logbook.write import line
 
 from .audited import events_of
+from .doctored import one
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,12 +74,28 @@ def test_page_shows_the_log_in_a_browser(
     path = request.getfixturevalue(log)
     drawn(path, tmp_path / "page.html")
     shown = in_browser(tmp_path / "page.html", find)
-    assert len(re.findall(r"<li\b", shown)) == len(events_of(path))
-    found = re.findall(r'<g class="bar[^"]*\bfound\b[^"]*"[^>]*aria-label="([^"]*)"', shown)
+    assert len(re.findall(r"<li value=", shown)) == len(events_of(path))
+    assert "No rule is broken." in shown
+    found = re.findall(r'<g [^>]*class="bar[^"]*\bfound\b[^"]*"[^>]*aria-label="([^"]*)"', shown)
     assert len(found) >= bars
     wanted = find.replace("%20", " ")
     assert all(wanted in html.unescape(label) for label in found)
     assert re.search(r'id="count"[^>]*>\d+ found<', shown)
+
+
+def test_page_marks_what_breaks_a_rule(hires_log: Path, tmp_path: Path) -> None:
+    """On the page of a log with the original bug the verdict names the line, the bar is marked."""
+    events = events_of(hires_log)
+    started = one(events, "pass.started", number=2)
+    started["pipeline"] = "OVStableDiffusionPipeline"
+    path = tmp_path / "broken.jsonl"
+    path.write_bytes(b"".join(map(line, events)))
+    drawn(path, tmp_path / "page.html")
+    shown = in_browser(tmp_path / "page.html", "")
+    number = events.index(started) + 1
+    assert f'<a data-line="{number}">Line {number}</a>, pass.started breaks' in shown
+    (marked,) = re.findall(r'<g (?=[^>]*class="[^"]*\bbroken\b)[^>]*data-line="(\d+)"', shown)
+    assert int(marked) == number
 
 
 def test_page_needs_nothing_from_the_network(hires_log: Path, tmp_path: Path) -> None:
@@ -121,8 +138,8 @@ def test_log_with_more_than_a_page_can_show_is_refused(hires_log: Path) -> None:
     """A log with too many bars, or none, is refused in words; steps are left out first."""
     engines = lanes(read(log_lines(hires_log)))
     bars = sum(len(each) for lane in engines for each in lane.bars.values())
-    assert 'class="bar step"' in svg(engines, limit=bars)
-    assert 'class="bar step"' not in svg(engines, limit=bars - 1)
+    assert 'class="bar step' in svg(engines, limit=bars)
+    assert 'class="bar step' not in svg(engines, limit=bars - 1)
     with pytest.raises(TooMuch, match="more than the 5"):
         svg(engines, limit=5)
     with pytest.raises(TooMuch, match="nothing to draw"):
