@@ -120,7 +120,7 @@ class _Rows:
                 self._plot.append(self._bar(bar))
             self._y += ROW
         if lanes.memory:
-            self._memory(lanes.memory)
+            self._memory(lanes)
         self._y += ROW / 2
 
     def _label(self, name: str, style: str) -> None:
@@ -138,7 +138,7 @@ class _Rows:
             group.append(drawsvg.Rectangle(left, self._y, INSTANT, BAR))
             return group
         share = (bar.end - bar.begin).total_seconds() / self._span
-        width = f"{share * 100:.4f}%"
+        width = f"{share:.4%}"
         group.append(drawsvg.Rectangle(left, self._y, width, BAR, rx=2))
         inside = _Nested(x=left, y=self._y, width=width, height=BAR, overflow="hidden")
         tight = "tight" if share * PLOT < TIGHT else ""
@@ -146,30 +146,31 @@ class _Rows:
         group.append(inside)
         return group
 
-    def _memory(self, samples: list[tuple[dt.datetime, float]]) -> None:
-        most = max(rss for _, rss in samples)
+    def _memory(self, lanes: Lanes) -> None:
+        most = max(rss for _, rss in lanes.memory)
         self._label("memory", "soft")
         top = drawsvg.Text(size(most), 11, x=8, y=self._y + 2 * _BASELINE, class_="soft")
         self._labels.append(top)
-        points = [((at - self._begin).total_seconds() / self._span, rss) for at, rss in samples]
-        path = drawsvg.Path(class_="memory").M(points[0][0] * 1000, 100)
-        for (x, rss), (until, _) in zip(points, [*points[1:], (1.0, 0.0)], strict=True):
-            path.L(x * 1000, 98 - 96 * rss / most).L(until * 1000, 98 - 96 * rss / most)
-        path.L(1000, 100).Z()
+        bars = (bar.end for row in lanes.bars.values() for bar in row)
+        ended = max(bars, default=lanes.memory[-1][0])
+        begun = [self._position(at) for at, _ in lanes.memory]
+        path = drawsvg.Path(class_="memory").M(begun[0] * 1000, 100)
         area = _Nested(
             x=0, y=self._y, width="100%", height=MEMORY, viewBox="0 0 1000 100",
             preserveAspectRatio="none",
         )  # fmt: skip
         area.append(path)
         self._plot.append(area)
-        for (at, rss), (x, _), (until, _) in zip(
-            samples, points, [*points[1:], (1.0, 0.0)], strict=True
-        ):
+        until = [*begun[1:], max(self._position(ended), begun[-1])]
+        for (at, rss), left, right in zip(lanes.memory, begun, until, strict=True):
+            level = 98 - 96 * rss / most
+            path.L(left * 1000, level).L(right * 1000, level)
             sample = drawsvg.Group(class_="bar sample")
             sample.append_title(f"memory {size(rss)}\n{at:%H:%M:%S.%f}")
-            left, width = f"{x * 100:.4f}%", f"{max(until - x, 0) * 100:.4f}%"
-            sample.append(drawsvg.Rectangle(left, self._y, width, MEMORY))
+            wide = f"{max(right - left, 0):.4%}"
+            sample.append(drawsvg.Rectangle(f"{left:.4%}", self._y, wide, MEMORY))
             self._plot.append(sample)
+        path.L(until[-1] * 1000, 100).Z()
         self._y += MEMORY
 
     def _ticks(self, height: float) -> Iterable[drawsvg.DrawingElement]:
@@ -183,7 +184,11 @@ class _Rows:
                 yield drawsvg.Text(label, 11, x=left, y=_BASELINE, dx=3, class_=f"soft{style}")
 
     def _share(self, at: dt.datetime) -> str:
-        return f"{(at - self._begin).total_seconds() / self._span * 100:.4f}%"
+        return f"{self._position(at):.4%}"
+
+    def _position(self, at: dt.datetime) -> float:
+        """Return where on the plot a moment is, from 0 to 1."""
+        return (at - self._begin).total_seconds() / self._span
 
 
 _LABEL_CHARS = 20

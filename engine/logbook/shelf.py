@@ -44,7 +44,9 @@ class Shelf:
         """Take in ``component.compile.completed``."""
         component, key = str(event.get("component")), str(event.get("key"))
         self._staged[key] = component
-        self._loras[key] = lora_set(event.get("lora") or ())
+        self._loras.pop(key, None)
+        if "lora" in event:
+            self._loras[key] = lora_set(event["lora"] or ())
 
     def reuse(self, event: Mapping[str, Any]) -> None:
         """Take in ``component.reused``."""

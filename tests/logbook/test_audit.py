@@ -69,6 +69,15 @@ def test_device_that_fell_back_with_a_word_breaks_no_rule(hires_log: Path) -> No
     assert audited(events).clean
 
 
+def test_what_a_log_does_not_tell_is_held_against_nobody(hires_log: Path) -> None:
+    """A log in which compiles do not tell their LoRAs breaks no rule about them."""
+    events = events_of(hires_log)
+    for event in events:
+        if event["event"].startswith("component.compile."):
+            event.pop("lora", None)
+    assert audited(events).clean
+
+
 def test_log_that_ends_in_a_compile_is_cut_off_and_not_broken(hires_log: Path) -> None:
     """A log that stops inside a compile is told as cut off, with what it ended in and how long."""
     events = events_of(hires_log)
