@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import contextvars
 import gc
+import subprocess
+import sys
+import textwrap
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +24,7 @@ from .workbench import PATIENCE, Bench, python, until_stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from holdfast.engine.jobs import Job
 
@@ -316,6 +320,40 @@ def test_forking_before_the_first_job_is_fine() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         """)
     assert (ran.stdout, ran.stderr, ran.returncode) == ("0\n", "", 0)
+
+
+def test_a_spawned_process_has_engines_of_its_own(tmp_path: Path) -> None:
+    """Beside an engine that is open, a process that is spawned and not forked opens another."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent("""
+        import multiprocessing
+        from holdfast.engine.events import Emitter
+        from holdfast.engine.owner import Owner
+
+        def use(answer):
+            owner = Owner("test", Emitter("test"), queue_limit=9, order="fair")
+            done = owner.submit("x", lambda job: answer).result()
+            return done, owner
+
+        def serve(answer, results):
+            done, owner = use(answer)
+            results.put((done, owner.close()))
+
+        if __name__ == "__main__":
+            _, owner = use(4)
+            spawning = multiprocessing.get_context("spawn")
+            results = spawning.SimpleQueue()
+            child = spawning.Process(target=serve, args=(5, results))
+            child.start()
+            print(results.get(), owner.close())
+            child.join()
+        """)
+    )
+    ran = subprocess.run(  # noqa: S603 - the program above
+        [sys.executable, str(program)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("(5, True) True\n", "", 0)
 
 
 # Resting ------------------------------------------------------------------------------------------
