@@ -185,6 +185,7 @@ class Service:
         self, job: Job[Any], request: Request, seeds: tuple[int, ...], learned: dict[str, object]
     ) -> Result:
         began = time.perf_counter()
+        job.advance("find model")
         passes = self._settle(request, seeds)
         learned |= {"width": passes[-1].width, "height": passes[-1].height}
         degradations = self._check_prompts(passes)
