@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context, metrics, trace
 
+from holdfast.engine.events import PROMPT_KEYS
 from holdfast.engine.logbook.read import Entry
 from holdfast.engine.logbook.spans import STARTED, OpenSpans
 
@@ -14,10 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _SCOPE = "holdfast"
-_UNTOLD = frozenset(
-    {"event", "timestamp", "level", "seq", "error"}  # what OpenTelemetry tells in its own ways
-    | {"prompt", "negative_prompt", "words"}  # what is nobody's business
-)
+_UNTOLD = PROMPT_KEYS | {"event", "timestamp", "level", "seq", "error"}  # told in its own ways
 _CALLERS_KEPT = 1024
 
 

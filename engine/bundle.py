@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
+from holdfast.engine.events import PROMPT_KEYS
 from holdfast.engine.logbook.read import Entry, log_lines, read
 from holdfast.engine.logbook.write import line, printable
 from holdfast.states import mermaid
@@ -30,9 +31,6 @@ from holdfast.states import mermaid
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-_PROMPT_KEYS = frozenset(
-    {"prompt", "negative_prompt", "hires_prompt", "hires_negative_prompt", "words"}
-)
 _SECRET_KEY = re.compile(r"token$|secret|password|api_?key|authorization|credential", re.IGNORECASE)
 _SECRET = re.compile(  # a hub's token, what authorizes a call, and the user in an address
     r"\bhf_\w{8,}|(?<=\bBearer )\S+|(?<=://)[^\s/@]+(?=@)", re.IGNORECASE
@@ -65,7 +63,7 @@ class Redaction:
     def learn_prompts(self, event: Mapping[str, Any]) -> None:
         """Take the prompts of an event out of every text from now on."""
         if not self._keep_prompts:
-            found = (event[key] for key in _PROMPT_KEYS & event.keys())
+            found = (event[key] for key in PROMPT_KEYS & event.keys())
             self._secrets |= {each: "<prompt>" for each in found if each and isinstance(each, str)}
 
     def text(self, text: str) -> str:
@@ -87,7 +85,7 @@ class Redaction:
         return value
 
     def _keyed(self, key: str, value: Any) -> Any:
-        if key in _PROMPT_KEYS and value and not self._keep_prompts:
+        if key in PROMPT_KEYS and value and not self._keep_prompts:
             return "<prompt>"
         if _SECRET_KEY.search(key) and isinstance(value, str):
             return "<secret>"

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 LOGGER_NAME = "holdfast"
 COMMON = ("event", "engine_id", "seq", "timestamp", "level")
+PROMPT_KEYS = frozenset(
+    {"prompt", "negative_prompt", "hires_prompt", "hires_negative_prompt", "words"}
+)
+"""Keys that hold what a prompt says, where an event has them at all."""
 
 
 @dataclass(frozen=True, slots=True)

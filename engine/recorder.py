@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from holdfast.engine.events import PROMPT_KEYS
 from holdfast.engine.logbook.read import Entry, log_lines, read
 from holdfast.engine.logbook.spans import OpenSpans
 from holdfast.engine.logbook.write import JsonLines, line
@@ -16,7 +17,7 @@ from holdfast.engine.logbook.write import JsonLines, line
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-_LEFT_OUT = frozenset({"prompt", "negative_prompt", "words", "error"})
+_LEFT_OUT = PROMPT_KEYS | {"error"}
 _CARRIED = b'{"carried":'
 
 

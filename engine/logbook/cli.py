@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from holdfast.engine.events import PROMPT_KEYS
 from holdfast.engine.logbook.audit import Verdict, audit
 from holdfast.engine.logbook.read import Entry, Problem, followed_lines, log_lines, read
 from holdfast.engine.logbook.replay import courses, differences
@@ -130,6 +131,9 @@ def timeline(
     request: OfRequest = "",
     engine: OfEngine = "",
     since: Since = "",
+    prompts: Annotated[
+        bool, typer.Option("--with-prompts", help="Show prompts, if the log has them.")
+    ] = False,
 ) -> None:
     """Draw a log: a page to move about in, a picture, or a trace for ui.perfetto.dev."""
     from holdfast.engine.logbook.timeline import lanes
@@ -138,7 +142,11 @@ def timeline(
     with _usable():
         items = list(_some(read(log_lines(file))))
         wanted = _selection(request, engine, since)
-        entries = [item for item in items if isinstance(item, Entry) and wanted(item)]
+        entries = [
+            item if prompts else _without_prompts(item)
+            for item in items
+            if isinstance(item, Entry) and wanted(item)
+        ]
         drawn = lanes(entries)
         match kind:
             case Format.HTML:
@@ -183,6 +191,11 @@ def _usable() -> Iterator[None]:
     except (OSError, _NoEventsError, TooMuch) as error:
         typer.echo(f"holdfast log: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
+
+
+def _without_prompts(entry: Entry) -> Entry:
+    told = {key: value for key, value in entry.event.items() if key not in PROMPT_KEYS}
+    return entry._replace(event=told)
 
 
 def _selection(request: str, engine: str, since: str) -> Callable[[Entry], bool]:

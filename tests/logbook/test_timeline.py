@@ -28,8 +28,8 @@ NASTY = '\x1b[31m\x9b31m\n</title></svg><script>document.title="taken"</script>{
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def drawn(log: Path, output: Path) -> str:
-    result = CliRunner().invoke(app, ["timeline", str(log), "-o", str(output)])
+def drawn(log: Path, output: Path, *options: str) -> str:
+    result = CliRunner().invoke(app, ["timeline", str(log), "-o", str(output), *options])
     assert result.exit_code == 0, result.output
     return output.read_text()
 
@@ -132,6 +132,19 @@ def test_text_in_a_log_is_only_ever_text(nasty_log: Path, tmp_path: Path) -> Non
     ET.fromstring(drawn(nasty_log, tmp_path / "log.svg"))  # noqa: S314 - our own picture
     shown = in_browser(tmp_path / "page.html", "unet")
     assert "<title>nasty.jsonl</title>" in shown
+
+
+@pytest.mark.parametrize("kind", ["html", "svg", "json"])
+def test_prompts_are_drawn_only_where_that_is_asked_for(
+    kind: str, hires_log: Path, tmp_path: Path
+) -> None:
+    """Of a log with prompts the drawing shows none, unless it is told to."""
+    events = events_of(hires_log)
+    one(events, "prompt.encoded")["prompt"] = "portrait of Zebulon Quill"
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b"".join(map(line, events)))
+    assert "Zebulon" not in drawn(path, tmp_path / f"log.{kind}")
+    assert "Zebulon" in drawn(path, tmp_path / f"log.{kind}", "--with-prompts")
 
 
 def test_log_with_more_than_a_page_can_show_is_refused(hires_log: Path) -> None:
