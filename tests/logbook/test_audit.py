@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from holdfast.engine import Engine
 from holdfast.engine.logbook.audit import Verdict, audit
 from holdfast.engine.logbook.read import read
 from holdfast.engine.logbook.rules import RULES
@@ -12,7 +14,7 @@ from holdfast.engine.logbook.write import line
 if TYPE_CHECKING:
     from pathlib import Path
 
-from .audited import assert_clean, events_of
+from .audited import Journals, assert_clean, assert_sound, events_of
 from .doctored import DOCTORED, Doctoring, one, renumber
 
 
@@ -43,6 +45,35 @@ def test_audit_finds_exactly_the_rule_that_a_doctored_log_breaks(
 def test_every_rule_has_a_doctored_log() -> None:
     """No rule of the table is without a log that breaks it."""
     assert {rule.id for rule in RULES} == {doctoring.rule for doctoring in DOCTORED}
+
+
+@pytest.mark.parametrize("doctoring", DOCTORED, ids=lambda d: f"{d.rule}: {d.change}")
+def test_test_whose_engine_breaks_a_rule_fails(doctoring: Doctoring, hires_log: Path) -> None:
+    """What every log of every test is held against fails on each doctored log."""
+    events = events_of(hires_log)
+    doctoring.apply(events)
+    with pytest.raises(AssertionError):
+        assert_sound([line(event) for event in events], whole=True)
+
+
+@pytest.mark.parametrize("spoil", [{"state": "unloaded"}, {"held": []}, {"lora": ["ink@0.8"]}])
+def test_test_whose_engine_is_not_where_its_log_says_fails(
+    spoil: dict[str, Any], hires_log: Path
+) -> None:
+    """A snapshot other than what the events add up to fails the test that made the log."""
+    events = events_of(hires_log)
+    one(events, "engine.snapshot").update(spoil)
+    with pytest.raises(AssertionError):
+        assert_sound([line(event) for event in events], whole=True)
+
+
+def test_every_engine_of_a_test_is_listened_to(journals: Journals) -> None:
+    """The log of an engine that is opened and closed is there to be judged, without any file."""
+    with Engine():
+        pass
+    (lines,) = journals.take(closed=True)
+    assert_sound(lines, whole=True)
+    assert json.loads(lines[0])["event"] == "engine.opened"
 
 
 def test_breach_names_line_event_and_fault(hires_log: Path) -> None:
