@@ -1,4 +1,4 @@
-"""Models that every test folder may use: built and exported once for each test session."""
+"""What every test folder shares: models, exported once a session, and the audit of every log."""
 
 from __future__ import annotations
 
@@ -7,14 +7,46 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
+from .logbook.audited import Journals, assert_sound
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import ModuleType
+
+hypothesis.settings.register_profile("patient", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("patient")  # the speed of the machine decides no test
 
 
 def ignore(event: str, /, **facts: Any) -> None:
     """Take the place of an engine's log where none is looked at."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def journals() -> Iterator[Journals]:
+    """Listens in on every engine of the session; what is left open at its end is judged then."""
+    kept = Journals()
+    with pytest.MonkeyPatch.context() as patch:
+        kept.watch(patch)
+        yield kept
+    for closed in (True, False):
+        for lines in kept.take(closed=closed):
+            assert_sound(lines, whole=closed)
+
+
+@pytest.fixture(autouse=True)
+def every_log_is_sound(request: pytest.FixtureRequest, journals: Journals) -> Iterator[None]:
+    """
+    Audits and replays the log of each engine of this process, once a test has closed it.
+
+    A test that breaks the rules on purpose carries ``@pytest.mark.unaudited(reason)``.
+    """
+    yield
+    for lines in journals.take(closed=True):
+        if request.node.get_closest_marker("unaudited") is None:
+            assert_sound(lines, whole=True)
 
 
 @pytest.fixture(scope="session")
