@@ -24,6 +24,7 @@ from holdfast.engine.lora import LoraShelf, check, fuse
 from holdfast.engine.memory import compiled_bytes, giving_back_pages, private_bytes
 from holdfast.engine.plan import Cost
 from holdfast.engine.quantize import KINDS, FusedLora, quantize, quantized_graph
+from holdfast.engine.tiling import TILES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -244,7 +245,11 @@ class Compiler:
 
     def _compile(self, graph: ov.Model, key: ComponentKey) -> Component:
         self._checkpoint("compile")
-        if key.shape != DYNAMIC:
+        if key.shape == TILES:
+            from holdfast.engine.cutting import cut
+
+            graph = cut(graph)
+        elif key.shape != DYNAMIC:
             graph = graph.clone()
             graph.reshape(dict(_static_shapes(graph, key)))
         before = private_bytes()
@@ -262,6 +267,7 @@ class Compiler:
         pages = giving_back_pages(self._file(key.graph).with_suffix(".bin"))
         with span as learned, self._timed("compile", key), beat, pages:
             compiled, cached = self._compiled(graph, key)
+            self._checkpoint("check")
             self._try(compiled, key)
             component = Component(
                 key,

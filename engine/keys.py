@@ -67,7 +67,7 @@ class ComponentKey:
         source: Fingerprint of the component's graph, weights and configuration.
         lora: The LoRAs fused into it, in a fixed order.
         quantization: ``"none"``, ``"int8"`` or ``"int8-weights"``.
-        shape: ``"dynamic"``, or the main input's static shape such as ``"2x4x64x64"``.
+        shape: ``"dynamic"``, the main input's static shape such as ``"2x4x64x64"``, or ``"tiles"``.
         device: The OpenVINO device asked for.
         properties: Effective OpenVINO properties, sorted by name.
         openvino: OpenVINO's version.

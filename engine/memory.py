@@ -79,6 +79,11 @@ def giving_back_pages(file: Path) -> Iterator[None]:
         give_back_pages(file)
 
 
+def budget_bytes(asked: int | None) -> int:
+    """Return what all compiled components may hold: as asked, or half of the machine's memory."""
+    return asked or psutil.virtual_memory().total // 2
+
+
 def trim() -> None:
     """Let the system take back what the C library keeps of freed memory (glibc alone does)."""
     if sys.platform == "linux":

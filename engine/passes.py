@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from holdfast.engine.errors import GenerationError, HoldfastError
-from holdfast.engine.families import Geometry
+from holdfast.engine.families import VAE_DECODER, VAE_ENCODER, Geometry
 from holdfast.engine.images import digest
 from holdfast.engine.imports import quiet
 from holdfast.engine.schedulers import schedule_length
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from holdfast.engine.requests import Lora
     from holdfast.engine.views import View
 
-    Transform = Callable[[torch.Tensor], torch.Tensor]
     StepHook = Callable[["PassSpec", int, int, torch.Tensor], None]
 
 
@@ -308,50 +307,53 @@ def cut_words(prompt: str, model: Model) -> str:
 
 
 def decode_latents(view: View, latents: torch.Tensor) -> torch.Tensor:
-    """Turn latents (N, C, h, w) as the denoiser sees them into pixels (N, 3, H, W) in -1 to 1."""
+    """Turn latents (1, C, h, w) as the denoiser sees them into pixels (1, 3, H, W) in -1 to 1."""
+    import torch
+
     vae = view.pipeline.vae
-    pixels: torch.Tensor = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+    scaled = latents / vae.config.scaling_factor
+    if VAE_DECODER in view.tiled:
+        return torch.from_numpy(view.tiled[VAE_DECODER].decode(scaled.numpy()))
+    pixels: torch.Tensor = vae.decode(scaled, return_dict=False)[0]
     return pixels
 
 
 def encode_pixels(view: View, pixels: torch.Tensor) -> torch.Tensor:
-    """Turn pixels (N, 3, H, W) in -1 to 1 into the moments (N, 2 C, h, w) of their latents."""
+    """Turn pixels (1, 3, H, W) in -1 to 1 into the moments (1, 2 C, h, w) of their latents."""
+    import torch
+
+    if VAE_ENCODER in view.tiled:
+        return torch.from_numpy(view.tiled[VAE_ENCODER].encode(pixels.numpy()))
     moments: torch.Tensor = view.pipeline.vae.encode(pixels).latent_dist.parameters
     return moments
 
 
-def decode(latents: torch.Tensor, view: View, decoder: Transform) -> Image.Image:
+def decode(latents: torch.Tensor, view: View) -> Image.Image:
     """
     Turn latents (1, C, h, w) into an image.
 
     Args:
         latents: As the denoiser sees them.
-        view: Whose pipeline turns pixels into images.
-        decoder: `decode_latents`, whole or in tiles.
+        view: Runs it.
 
     Raises:
         GenerationError: The VAE decoder failed.
     """
     with _native("decode latents"), quiet():
-        images: list[Image.Image] = view.pipeline.image_processor.postprocess(decoder(latents))
+        pixels = decode_latents(view, latents)
+        images: list[Image.Image] = view.pipeline.image_processor.postprocess(pixels)
     view.relax()
     return images[0]
 
 
-def encode(
-    image: Image.Image,
-    generator: torch.Generator,
-    view: View,
-    encoder: Transform,
-) -> torch.Tensor:
+def encode(image: Image.Image, generator: torch.Generator, view: View) -> torch.Tensor:
     """
     Turn an image into latents (1, C, h, w), drawn from the VAE's posterior with `generator`.
 
     Args:
         image: RGB.
         generator: Draws.
-        view: Whose pipeline turns images into pixels.
-        encoder: `encode_pixels`, whole or in tiles.
+        view: Runs it.
 
     Raises:
         GenerationError: The VAE encoder failed.
@@ -359,7 +361,7 @@ def encode(
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     with _native("encode the image"), quiet():
-        moments = encoder(view.pipeline.image_processor.preprocess(image))
+        moments = encode_pixels(view, view.pipeline.image_processor.preprocess(image))
         drawn = DiagonalGaussianDistribution(moments).sample(generator)
         latents: torch.Tensor = drawn * view.pipeline.vae.config.scaling_factor
     view.relax()
@@ -369,7 +371,7 @@ def encode(
 def decode_array(latents: NDArray[np.float32], view: View) -> NDArray[np.float32]:
     """Turn latents (N, C, H, W) into pixels (N, 3, height, width) in -1 to 1, as arrays."""
     import numpy as np
+    import torch
 
-    decoder = view.pipeline.vae.decoder
-    scaled = latents / np.float32(decoder.config.scaling_factor)
-    return np.concatenate([decoder.request([each[None]])[0] for each in scaled])
+    rows = (torch.from_numpy(each[None].copy()) for each in latents)
+    return np.concatenate([decode_latents(view, each).numpy() for each in rows])

@@ -12,8 +12,6 @@ import gc
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from holdfast.engine.components import ComponentStore
 from holdfast.engine.errors import (
     CompileError,
@@ -23,7 +21,7 @@ from holdfast.engine.errors import (
     let_go,
 )
 from holdfast.engine.imports import begin_heavy
-from holdfast.engine.memory import resident_bytes
+from holdfast.engine.memory import budget_bytes, resident_bytes
 from holdfast.engine.plan import Cost, Move, Plan, Stage, Standing, Step, plan, plan_again
 from holdfast.engine.settings import Resolver, Settings
 from holdfast.engine.views import View, check_view, make_view
@@ -90,7 +88,7 @@ class CompiledPipeline:
     @property
     def budget(self) -> int:
         """Bytes that all compiled components may hold: as set, or half of the machine's memory."""
-        return self.config.memory_budget or psutil.virtual_memory().total // 2
+        return budget_bytes(self.config.memory_budget)
 
     def standing(self) -> Standing:
         """Return where the pipeline stands, as plans are made from it."""

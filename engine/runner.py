@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from typing import TYPE_CHECKING, Any
 
 from holdfast.engine.families import VAE_DECODER, VAE_ENCODER
 from holdfast.engine.images import digest, text_digest
-from holdfast.engine.keys import DYNAMIC
-from holdfast.engine.passes import (
-    PassSpec,
-    Prompts,
-    Source,
-    decode,
-    decode_latents,
-    encode,
-    encode_pixels,
-    run_pass,
-)
+from holdfast.engine.passes import PassSpec, Prompts, Source, decode, encode, run_pass
 from holdfast.engine.result import Degradation
-from holdfast.engine.tiling import decode_tiled, encode_tiled
 from holdfast.engine.upscale import UPSCALERS, upscale_image, upscale_latents
 
 if TYPE_CHECKING:
@@ -32,17 +20,10 @@ if TYPE_CHECKING:
 
     from holdfast.engine.events import Emitter
     from holdfast.engine.jobs import Job
-    from holdfast.engine.passes import StepHook, Transform
+    from holdfast.engine.passes import StepHook
     from holdfast.engine.pipeline import CompiledPipeline
     from holdfast.engine.plan import Plan
     from holdfast.engine.views import View
-
-
-TILE = 96
-"""Side of a tile in latent pixels."""
-
-TILE_OVERLAP = 32
-"""How many of them neighbours share."""
 
 
 class Runner:
@@ -100,23 +81,14 @@ class Runner:
         return self._run(spec, source, lambda latents: latents)
 
     def decode(self, latents: Sequence[torch.Tensor]) -> list[Image.Image]:
-        """Turn latents into images, one by one; in tiles where the budget holds no whole one."""
+        """Turn latents into images, one by one; in tiles where the plan says so."""
         view = self._pipeline.view_in_service()
-        rows, columns = latents[0].shape[-2:]
-        factor = self._pipeline.model.scale.factor
-        tiled = self._needs_tiles(VAE_DECODER, columns * factor, rows * factor)
-        decoder: Transform = functools.partial(decode_latents, view)
-        if tiled:
-            decoder = functools.partial(
-                decode_tiled, decoder, factor=factor, tile=TILE, overlap=TILE_OVERLAP
-            )
         began = time.perf_counter()
         images = []
         for each in latents:
             self._job.checkpoint("decode")
-            images.append(decode(each, view, decoder))
-        seconds = round(time.perf_counter() - began, 6)
-        self._emit("decode.completed", images=len(images), seconds=seconds, tiled=tiled)
+            images.append(decode(each, view))
+        self._tell_of_vae("decode.completed", VAE_DECODER, view, len(images), began)
         return images
 
     def upscale(self, source: Source, name: str, spec: PassSpec) -> Source:
@@ -188,33 +160,23 @@ class Runner:
 
     def _encode(self, image: Image.Image, generator: torch.Generator, view: View) -> torch.Tensor:
         self._job.checkpoint("encode")
-        tiled = self._needs_tiles(VAE_ENCODER, *image.size)
-        encoder: Transform = functools.partial(encode_pixels, view)
-        if tiled:
-            factor = self._pipeline.model.scale.factor
-            encoder = functools.partial(
-                encode_tiled, encoder, factor=factor, tile=TILE, overlap=TILE_OVERLAP
-            )
         began = time.perf_counter()
-        latents = encode(image, generator, view, encoder)
-        seconds = round(time.perf_counter() - began, 6)
-        self._emit("encode.completed", images=1, seconds=seconds, tiled=tiled)
+        latents = encode(image, generator, view)
+        self._tell_of_vae("encode.completed", VAE_ENCODER, view, 1, began)
         return latents
 
-    def _needs_tiles(self, component: str, width: int, height: int) -> bool:
-        """Whether the memory budget has no room for this at once; a static VAE has one size."""
-        part = self._pipeline.store.service[component]
-        if part.key.shape != DYNAMIC:
-            return False
-        room = self._pipeline.budget - sum(self._pipeline.store.held.values())
-        if self._pipeline.model.vae_bytes(width, height, part.precision) <= room:
-            return False
-        # A VAE's group norms see the whole image, so that tiles are not quite the same.
-        told = Degradation("vae_tiled", f"{component} on {width}x{height} at once", f"{TILE} tiles")
+    def _tell_of_vae(
+        self, event: str, component: str, view: View, images: int, began: float
+    ) -> None:
+        tiles = view.tiled.get(component)
+        seconds = round(time.perf_counter() - began, 6)
+        self._emit(event, images=images, seconds=seconds, tiled=tiles is not None)
+        if tiles is None or tiles.exact:
+            return
+        told = Degradation("vae_tiled", f"{component} on the whole image", "tiles near it")
         if told not in self.degradations:
             self.degradations.append(told)
             self._emit("degradation", kind=told.kind, asked=told.asked, given=told.given)
-        return True
 
     @contextlib.contextmanager
     def _timed(self, phase: str, progress: str) -> Iterator[None]:

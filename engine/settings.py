@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from holdfast.engine.compiler import Source
-from holdfast.engine.devices import check_components, effective_properties, wants_static_shapes
+from holdfast.engine.devices import (
+    PRECISION,
+    check_components,
+    effective_properties,
+    wants_static_shapes,
+)
 from holdfast.engine.families import VAE_DECODER, VAE_ENCODER, Geometry, family_of
 from holdfast.engine.keys import Setup, keys_for, unseen_key
+from holdfast.engine.memory import budget_bytes
 from holdfast.engine.model import Model
 from holdfast.engine.quantize import KINDS
 from holdfast.engine.source import missing, resolve
+from holdfast.engine.tiling import STRIDE, TILES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from holdfast.engine.compiler import Compiler
@@ -37,11 +44,13 @@ class Settings:
         config: As the host gave it.
         model: That it names.
         setup: What the keys of the model's components are made from.
+        bytes: Returns what a component takes in memory.
     """
 
     config: EngineConfig
     model: Model
     setup: Setup
+    bytes: Callable[[ComponentKey], int]
 
     def keys(
         self, mode: Mode, geometry: Geometry | None, loras: tuple[LoraUse, ...] | None = None
@@ -59,7 +68,19 @@ class Settings:
             geometry = Geometry(scale.default, scale.default)
         if loras is not None:
             setup = setup.with_loras(loras)
-        return keys_for(self.model.family, setup, mode, geometry, scale)
+        keys = keys_for(self.model.family, setup, mode, geometry, scale)
+        room = budget_bytes(self.config.memory_budget) - sum(map(self.bytes, keys.values()))
+        return {
+            name: replace(key, shape=TILES) if self._outgrows(key, geometry, room) else key
+            for name, key in keys.items()
+        }
+
+    def _outgrows(self, key: ComponentKey, geometry: Geometry, room: int) -> bool:
+        """Whether a VAE that runs on a whole image needs more memory than there is room."""
+        if key.component not in (VAE_DECODER, VAE_ENCODER) or self.model.scale.factor < STRIDE:
+            return False
+        precision = dict(key.properties)[PRECISION]
+        return self.model.vae_bytes(geometry.width, geometry.height, precision) > room
 
 
 class Resolver:
@@ -154,7 +175,7 @@ class Resolver:
             compiler.know_source(
                 model.source(name), Source(model.folder_of(name), name, model.probe_side(name))
             )
-        return Settings(config, model, setup)
+        return Settings(config, model, setup, compiler.bytes)
 
     def identify(self, loras: tuple[Lora, ...], model: Model) -> tuple[LoraUse, ...]:
         """

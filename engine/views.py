@@ -15,6 +15,7 @@ import openvino as ov
 from holdfast.engine.errors import GenerationError
 from holdfast.engine.imports import heavy, quiet
 from holdfast.engine.memory import trim
+from holdfast.engine.tiling import TILES, TiledVae
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -74,11 +75,13 @@ class View:
         mode: What it was built for.
         pipeline: optimum-intel's pipeline object.
         components: What it runs, by name.
+        tiled: Those among them that run in tiles.
     """
 
     mode: Mode
     pipeline: Any
     components: Mapping[str, Component]
+    tiled: Mapping[str, TiledVae]
 
     @property
     def class_name(self) -> str:
@@ -142,7 +145,10 @@ def make_view(
         )
         pipeline.set_progress_bar_config(disable=True)
     emit("view.created", mode=str(mode), pipeline=cls.__name__, compiles=0)
-    return View(mode, pipeline, dict(components))
+    tiled = {
+        name: TiledVae(port) for name, port in ports.items() if components[name].key.shape == TILES
+    }
+    return View(mode, pipeline, dict(components), tiled)
 
 
 def check_view(view: View, family: Family, mode: Mode, number: int, emit: Emitter) -> None:

@@ -258,22 +258,30 @@ def test_every_upscaler_gives_the_exact_size(open_engine: Open, upscaler: str) -
 
 
 def test_a_vae_works_in_tiles_where_the_budget_holds_no_whole_image(open_engine: Open) -> None:
-    """The choice depends on the budget alone, and the result and the log tell of it."""
+    """The choice depends on the budget alone; it is planned, and the image hardly tells of it."""
     images = {}
     for budget, tiled in (("250MB", True), ("4GB", False)):
         engine = open_engine(memory_budget=budget, precision="f32")
-        result = engine.run(
-            Img2Img(image=gradient("RGB").resize((1024, 512)), steps=1, strength=0.2, seed=1)
-        )
+        request = Img2Img(image=gradient("RGB").resize((1024, 512)), steps=1, strength=0.2, seed=1)
+        assert engine.plan(request).compiles
+        result = engine.run(request)
         events = read_log(engine.config.log_file)
         told = [
             e["tiled"] for e in events if e["event"] in ("encode.completed", "decode.completed")
         ]
         assert told == [tiled, tiled]
-        assert {each.kind for each in result.degradations} == ({"vae_tiled"} if tiled else set())
+        shapes = {
+            e["component"]: e["shape"]
+            for e in events
+            if e["event"] == "component.compile.completed"
+        }
+        assert (shapes["vae_decoder"] == "tiles") is (shapes["vae_encoder"] == "tiles") is tiled
+        assert not result.degradations
         images[tiled] = np.asarray(result.images[0], np.float64)
     assert images[True].shape == images[False].shape == (512, 1024, 3)
-    assert np.abs(images[True] - images[False]).mean() < images[False].std()
+    apart = np.abs(images[True] - images[False])  # a random UNet in between enlarges what rounds
+    assert apart.mean() < 0.2
+    assert np.quantile(apart, 0.999) <= 2
 
 
 def test_the_prompt_is_encoded_once_for_both_passes(open_engine: Open) -> None:
