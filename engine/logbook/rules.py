@@ -128,7 +128,8 @@ def _size(before: Course, entry: Entry) -> str | None:
     asked: Mapping[str, Any] | None = run.passes.get(event.get("pass", max(run.passes, default=0)))
     if entry.name == "pass.started":
         asked = run.started if event.get("pass") == _FIRST else run.upscale
-    if not asked or asked.get("width") is None or _area(asked) == _area(event):
+    # A side that was left open may have any length.
+    if not asked or all(asked.get(side) in (None, event.get(side)) for side in ("width", "height")):
         return None
     return f"{_area(asked)} was asked for, {_area(event)} was made"
 
