@@ -209,10 +209,15 @@ class Ledger(Generic[_T]):
         self._limit = limit
         self._emit = emit
         self._lock = FileLock(f"{path}.lock", thread_local=True)
+        self._seen: tuple[tuple[int, ...], dict[str, _T]] = ((), {})
 
     def read(self) -> dict[str, _T]:
         """Return all entries; none where there is no file, or none that can be understood."""
         try:
+            stat = self._path.stat()
+            version = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            if version == self._seen[0]:  # a plan asks a dozen times
+                return dict(self._seen[1])
             content = self._path.read_bytes()
         except FileNotFoundError:
             return {}
@@ -222,7 +227,8 @@ class Ledger(Generic[_T]):
             self._path.unlink(missing_ok=True)
             self._emit("cache.discarded", level="warning", entry=self._path.name, why=str(error))
             return {}
-        return entries
+        self._seen = (version, entries)
+        return dict(entries)
 
     def update(self, changes: Mapping[str, _T]) -> None:
         """Add or replace entries; they count as the latest."""

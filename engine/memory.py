@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import re
 import sys
@@ -81,7 +82,12 @@ def giving_back_pages(file: Path) -> Iterator[None]:
 
 def budget_bytes(asked: int | None) -> int:
     """Return what all compiled components may hold: as asked, or half of the machine's memory."""
-    return asked or psutil.virtual_memory().total // 2
+    return asked or _installed_bytes() // 2
+
+
+@functools.cache
+def _installed_bytes() -> int:
+    return int(psutil.virtual_memory().total)
 
 
 def trim() -> None:
