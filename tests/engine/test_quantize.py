@@ -11,11 +11,14 @@ import pytest
 
 from holdfast.engine.errors import ModelSourceError
 from holdfast.engine.imports import runtime
-from holdfast.engine.quantize import KINDS, quantize
+from holdfast.engine.lora import fuse, read_lora
+from holdfast.engine.quantize import KINDS, FusedLora, quantize
 from holdfast.engine.source import resolve
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import openvino as ov
 
     from holdfast.engine.source import ModelFolder
 
@@ -36,12 +39,12 @@ def quantized(
 ) -> tuple[str, Path, list[tuple[str, dict[str, Any]]]]:
     told: list[tuple[str, dict[str, Any]]] = []
     graph = quantize(
-        model, request.param, cache, lambda event, **facts: told.append((event, facts))
+        model, request.param, (), cache, lambda event, **facts: told.append((event, facts))
     )
     return request.param, graph, told
 
 
-def evaluate(graph: Path) -> np.ndarray:
+def evaluate(graph: Path | ov.Model) -> np.ndarray:
     """Run the denoiser once on fixed noise."""
     runtime()
     import openvino as ov
@@ -106,13 +109,31 @@ def test_progress_is_told_between_start_and_completion(quantized: tuple[str, Pat
     assert phases == (["denoise", "observe"] if kind == "int8" else [])
 
 
+def test_a_lora_is_in_what_is_quantized(
+    quantized: tuple[str, Path, list[Any]], model: ModelFolder, cache: Path, ink: Path
+):
+    """Quantized with a LoRA the denoiser is nearer to the fused one than to the one without."""
+    runtime()
+    import openvino as ov
+
+    kind, graph, _ = quantized
+    file = read_lora(ink)
+    loras = (FusedLora(str(ink), file.digest, 0.7),)
+    styled = quantize(model, kind, loras, cache, lambda *_, **__: None)
+    assert styled.parent != graph.parent
+    plain = model.component_path("unet")
+    fused = fuse(ov.Core().read_model(plain), "unet", [(file, 0.7)])
+    near, far = (np.linalg.norm(evaluate(styled) - evaluate(other)) for other in (fused, plain))
+    assert near < 0.7 * far
+
+
 def test_it_is_computed_once(
     quantized: tuple[str, Path, list[Any]], model: ModelFolder, cache: Path
 ):
     """Asked again, the same file comes back and nothing is told, because nothing is done."""
     kind, graph, _ = quantized
     told: list[str] = []
-    assert quantize(model, kind, cache, lambda event, **_: told.append(event)) == graph
+    assert quantize(model, kind, (), cache, lambda event, **_: told.append(event)) == graph
     assert told == []
 
 
@@ -126,6 +147,7 @@ def test_a_failure_says_what_was_asked_and_leaves_nothing(model: ModelFolder, tm
         quantize(
             replace(model, path=broken),
             "int8-weights",
+            (),
             tmp_path / "cache",
             lambda event, **_: told.append(event),
         )
