@@ -57,7 +57,7 @@ class EngineConfig(Value):
         shapes: ``"dynamic"``: one compiled denoiser for every size; ``"static"``: one for each
             size, kept under the budget; ``"auto"``: dynamic on CPU, static elsewhere.
         memory_budget: Bytes, or text such as ``"8GiB"``, that all compiled components together
-            may hold. None: no limit.
+            may hold. None: half of the memory of the machine.
         cache_dir: Exports and learned costs. None: the user's cache folder for ``holdfast``.
         cache_limit: Bytes that `cache_dir` may hold; the least recently used go first.
         compiled_cache: Keep compiled blobs on disk. None: where the device gains by it (not CPU).
