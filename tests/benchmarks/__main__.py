@@ -29,6 +29,7 @@ def main() -> None:
     places = make_model(folder, tiny=arguments.tiny)
     if arguments.tiny:
         workload = Workload(**places, side=64, hires_side=96, steps=4, hires_steps=4)
+        report.PLACES.move(folder)
     elif arguments.quick:
         workload = Workload(**places, steps=4, hires_steps=4)
     else:

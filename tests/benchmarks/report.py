@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import re
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from tests.benchmarks.peers import Difference, Measured
     from tests.benchmarks.workload import Workload
 
-PAGE = ROOT / "docs" / "performance.md"
-RAW = ROOT / "docs" / "performance.json"
-PLOT = ROOT / "docs" / "performance.svg"
 LABELS = {
     "Holdfast": "Holdfast",
     "HoldfastInt8": 'Holdfast, `precision="int8"`',
@@ -57,6 +55,36 @@ GOALS = (
 )  # fmt: skip
 
 
+@dataclass
+class Places:
+    """Where the page is, its raw figures and its plot."""
+
+    folder: Path = ROOT / "docs"
+
+    @property
+    def page(self) -> Path:
+        """The page with the tables."""
+        return self.folder / "performance.md"
+
+    @property
+    def raw(self) -> Path:
+        """All figures."""
+        return self.folder / "performance.json"
+
+    @property
+    def plot(self) -> Path:
+        """Two bars for each system."""
+        return self.folder / "performance.svg"
+
+    def move(self, folder: Path) -> None:
+        """Write to a copy of the page in another folder."""
+        shutil.copy(self.page, folder)
+        self.folder = folder
+
+
+PLACES = Places()
+
+
 def machine() -> dict[str, Any]:
     """Describe the machine without naming it."""
     model = next(
@@ -79,9 +107,9 @@ def machine() -> dict[str, Any]:
 
 def write_raw(name: str, figures: Mapping[str, Any]) -> None:
     """Put one measurement's figures beside the others in the JSON file."""
-    known = json.loads(RAW.read_text()) if RAW.exists() else {}
+    known = json.loads(PLACES.raw.read_text()) if PLACES.raw.exists() else {}
     known[name] = figures
-    RAW.write_text(json.dumps(known, indent=1, sort_keys=True, default=str) + "\n")
+    PLACES.raw.write_text(json.dumps(known, indent=1, sort_keys=True, default=str) + "\n")
 
 
 def write_table(name: str, rows: Sequence[Sequence[str]]) -> None:
@@ -91,12 +119,12 @@ def write_table(name: str, rows: Sequence[Sequence[str]]) -> None:
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     text, found = pattern.subn(
-        lambda _: "\n".join([begin, *lines, end]), PAGE.read_text(encoding="utf-8")
+        lambda _: "\n".join([begin, *lines, end]), PLACES.page.read_text(encoding="utf-8")
     )
     if found != 1:
-        msg = f"{PAGE} has {found} places for the table {name!r}; it needs one"
+        msg = f"{PLACES.page} has {found} places for the table {name!r}; it needs one"
         raise ValueError(msg)
-    PAGE.write_text(text, encoding="utf-8")
+    PLACES.page.write_text(text, encoding="utf-8")
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -170,7 +198,7 @@ def report_changes(changes: Mapping[str, Mapping[str, float]]) -> None:
 
 def report_goals() -> None:
     """Write what is aimed at beside what was measured, as far as it was."""
-    raw = json.loads(RAW.read_text())
+    raw = json.loads(PLACES.raw.read_text())
     rows = [["measure", "measured", "goal"]]
     for name, place, goal in GOALS:
         value = _ratio(raw, *place) if place[0] in ("peers", "int8") else _found(raw, place)
@@ -209,4 +237,4 @@ def plot(measured: Mapping[str, Measured]) -> None:
     right.set_xlabel("peak resident memory, GiB")
     left.invert_yaxis()
     figure.tight_layout()
-    figure.savefig(PLOT, metadata={"Date": None, "Creator": None})
+    figure.savefig(PLACES.plot, metadata={"Date": None, "Creator": None})
