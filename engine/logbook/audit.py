@@ -157,6 +157,6 @@ def _close(course: Course, engine: EngineVerdict) -> None:
 def _ended_during(course: Course, last: Entry) -> str:
     span = course.spans.innermost
     if span is None:
-        return f"it ends in state {course.state}, without engine.closed"
+        return f"it ends in state {course.state or 'unknown'}, without engine.closed"
     seconds = (last.at - span.started.at).total_seconds()
     return f"ended during {span}, {seconds:.0f} s in"

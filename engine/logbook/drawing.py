@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from holdfast.engine.logbook.timeline import Bar, Lanes
 
 LABELS, PLOT, ROW, BAR, INSTANT, MEMORY, AXIS = 150, 1200, 24, 18, 2, 64, 26
-TIGHT = 24
-"""Pixels of a bar in which no label is legible."""
+LETTER, MARGIN = 6, 5
+"""Pixels that a label takes: for each letter, and on either side."""
 _BASELINE = 13
 _TICKS, _FINE, _LAST_LABEL = 10, 5, 0.97
 # Colours by meaning, told apart by lightness too; the dark ones for a reader whose system is dark.
@@ -57,7 +57,7 @@ svg.log .tight { visibility: hidden; }
 """
 
 
-def svg(engines: Sequence[Lanes], limit: int = 20_000) -> str:
+def svg(engines: Sequence[Lanes], limit: int = 10_000) -> str:
     """
     Draw a log as one SVG, 1350 pixels wide: light or dark as the reader's system is.
 
@@ -69,7 +69,8 @@ def svg(engines: Sequence[Lanes], limit: int = 20_000) -> str:
     if not count:
         raise TooMuch("there is nothing to draw: no event was left")
     if count - steps > limit:
-        raise TooMuch(f"{count - steps} bars are more than the {limit} that a page can show")
+        what = f"{count - steps} bars are more than the {limit} that a page can show"
+        raise TooMuch(f"{what}; choose with --request, --engine or --since")
     rows = _Rows(engines, with_steps=count <= limit)
     return rows.draw()
 
@@ -140,10 +141,9 @@ class _Rows:
         share = (bar.end - bar.begin).total_seconds() / self._span
         width = f"{share:.4%}"
         group.append(drawsvg.Rectangle(left, self._y, width, BAR, rx=2))
-        inside = _Nested(x=left, y=self._y, width=width, height=BAR, overflow="hidden")
-        tight = "tight" if share * PLOT < TIGHT else ""
-        inside.append(drawsvg.Text(bar.label, 11, x=5, y=_BASELINE, class_=tight))
-        group.append(inside)
+        tight = "tight" if share * PLOT < LETTER * len(bar.label) + 2 * MARGIN else ""
+        y = self._y + _BASELINE
+        group.append(drawsvg.Text(bar.label, 11, x=left, y=y, dx=MARGIN, class_=tight))
         return group
 
     def _memory(self, lanes: Lanes) -> None:

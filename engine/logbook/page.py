@@ -7,7 +7,7 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING
 
-from holdfast.engine.logbook.drawing import LABELS, TIGHT, svg
+from holdfast.engine.logbook.drawing import LABELS, LETTER, MARGIN, svg
 from holdfast.engine.logbook.story import Story
 from holdfast.engine.logbook.write import printable
 
@@ -41,7 +41,8 @@ def page(engines: Sequence[Lanes], entries: Iterable[Entry], verdict: Verdict, t
         verdict="\n".join(_judged(verdict)),
         story="\n".join(_told(entries)),
         labels=LABELS,
-        tight=TIGHT,
+        letter=LETTER,
+        margin=MARGIN,
     )
 
 
