@@ -27,17 +27,20 @@ def page(engine: Engine) -> gr.Blocks:
         unsubscribe = engine.subscribe(
             lambda seen: newest.update({seen.request_id: seen}), [Preview]
         )
-        while not job.done():
+
+        def images() -> tuple[Any, Any]:
             preview = newest.get(job.request_id)
-            first = job.kept[0] if job.kept else None
-            yield preview and preview.image.resize((256, 256)), first, None, words(job)
-            time.sleep(0.1)
-        unsubscribe()
-        first = job.kept[0] if job.kept else None
+            return preview and preview.image.resize((256, 256)), job.kept[0] if job.kept else None
+
         try:
-            yield first, first, job.result().images[0], words(job)
+            while not job.done():
+                yield *images(), None, words(job)
+                time.sleep(0.1)
+            yield *images(), job.result().images[0], words(job)
         except HoldfastError as error:
-            yield first, first, None, str(error)
+            yield *images(), None, str(error)
+        finally:
+            unsubscribe()
 
     def cancel(request: gr.Request) -> None:
         if (job := jobs.get(str(request.session_hash))) is not None:
@@ -53,8 +56,8 @@ def page(engine: Engine) -> gr.Blocks:
         said = gr.Textbox(label="Status", interactive=False)
         with gr.Row():
             names = ("Preview", "First pass", "Second pass")
-            images = [gr.Image(label=name, height=300) for name in names]
-        go.click(generate, [prompt, seed, steps], [*images, said], show_progress="hidden")
+            shown = [gr.Image(label=name, height=300, format="png") for name in names]
+        go.click(generate, [prompt, seed, steps], [*shown, said], show_progress="hidden")
         stop.click(cancel)
     return blocks
 
