@@ -13,18 +13,23 @@ import numpy as np
 import psutil
 import pytest
 
-from holdfast.engine import export as exporter
+from holdfast.engine import child
 from holdfast.engine.errors import ModelSourceError
 from holdfast.engine.export import Order, export
 from holdfast.engine.imports import heavy, quiet
 from holdfast.engine.source import resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
     from types import ModuleType
 
+    from holdfast.engine import Engine
+    from holdfast.engine.child import Progress
+
 LATENTS = np.random.default_rng(0).standard_normal((2, 4, 8, 8), dtype=np.float32)
 TEXT = np.random.default_rng(1).standard_normal((2, 77, 32), dtype=np.float32)
+EXPORTED = ["export.started", "export.progress", "export.progress", "export.completed"]
 RESOLVE = """
 import sys
 from pathlib import Path
@@ -162,10 +167,7 @@ def test_of_two_processes_one_exports(survivors: Survivors):
     """One of two that ask at once exports, the other waits, and both have the same model."""
     _, _, said = survivors
     alone = ["model.resolved"]
-    assert sorted(lines[:-1] for lines in said) == [
-        ["export.started", "export.completed", *alone],
-        alone,
-    ]
+    assert sorted(lines[:-1] for lines in said) == [[*EXPORTED, *alone], alone]
     assert said[0][-1] == said[1][-1]
 
 
@@ -182,14 +184,9 @@ def test_a_damaged_export_is_made_again(tiny_sd: Path, tiny_cache: Path, tmp_pat
     os.truncate(weights, 1000)
     log = Log()
     model = resolve(tiny_sd, cache, log)
-    assert log.events == [
-        "cache.discarded",
-        "export.started",
-        "export.completed",
-        "model.resolved",
-    ]
+    assert log.events == ["cache.discarded", *EXPORTED, "model.resolved"]
     assert model.fingerprint == resolve(tiny_sd, tiny_cache, Log()).fingerprint
-    assert log[2]["bytes"] == sum(
+    assert log[-2]["bytes"] == sum(
         file.stat().st_size for file in model.path.rglob("*") if file.is_file()
     )
 
@@ -204,7 +201,7 @@ def test_weights_that_do_not_fit_their_config_are_an_error(tiny_sd: Path, tmp_pa
     log = Log()
     with pytest.raises(ModelSourceError, match=r"exit code 1.*It said last: .*shape"):
         resolve(source, tmp_path / "cache", log)
-    assert log.events == ["export.started", "export.failed"]
+    assert log.events == ["export.started", "export.progress", "export.failed"]
     assert [path.suffix for path in (tmp_path / "cache" / "exports").iterdir()] == [".lock"]
 
 
@@ -214,11 +211,11 @@ def test_a_killed_exporter_is_an_error(
     """An exporter that was killed, for want of memory perhaps, is told from one that failed."""
 
     class Killed(subprocess.Popen[bytes]):
-        def wait(self, timeout: float | None = None) -> int:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
             self.kill()
-            return super().wait(timeout)
 
-    monkeypatch.setattr(exporter.subprocess, "Popen", Killed)
+    monkeypatch.setattr(child.subprocess, "Popen", Killed)
     with pytest.raises(ModelSourceError, match="was stopped by signal 9"):
         export(Order(str(tiny_sd), "StableDiffusionPipeline", half=False), tmp_path)
 
@@ -229,16 +226,17 @@ def test_an_interrupt_ends_the_exporter(
     """A KeyboardInterrupt amid an export passes through and leaves no process behind."""
     children: list[subprocess.Popen[bytes]] = []
 
-    class Interrupted(subprocess.Popen[bytes]):
-        def wait(self, timeout: float | None = None) -> int:
+    class Seen(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
             children.append(self)
-            if len(children) == 1:
-                raise KeyboardInterrupt
-            return super().wait(timeout)
 
-    monkeypatch.setattr(exporter.subprocess, "Popen", Interrupted)
+    def interrupt(_: Progress) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(child.subprocess, "Popen", Seen)
     with pytest.raises(KeyboardInterrupt):
-        export(Order(str(tiny_sd), "StableDiffusionPipeline", half=False), tmp_path)
+        export(Order(str(tiny_sd), "StableDiffusionPipeline", half=False), tmp_path, interrupt)
     assert children[0].returncode == -signal.SIGKILL
 
 
@@ -271,3 +269,33 @@ def test_a_single_file_without_configs_says_what_is_missing(
     source = models.write_single_file(tiny_sd, tmp_path / "files" / "checkpoint.safetensors")
     with pytest.raises(ModelSourceError, match=f"into the folder {source.with_suffix('')}"):
         resolve(source, tmp_path / "cache", Log())
+
+
+PRUNE = """
+import sys
+from pathlib import Path
+from holdfast.engine.diskcache import DiskCache
+DiskCache(Path(sys.argv[1]), 0, lambda *_, **__: None).prune()
+"""
+
+
+def test_a_model_in_use_is_pruned_by_no_process(
+    open_engine: Callable[..., Engine], tiny_sd: Path, tiny_cache: Path, tmp_path: Path
+):
+    """What an engine has taken from the cache stays, loaded or not, until the engine is closed."""
+    cache = shutil.copytree(tiny_cache, tmp_path / "cache")
+
+    def prune() -> list[str]:
+        command = [sys.executable, "-c", PRUNE, str(cache)]
+        subprocess.run(command, check=True)  # noqa: S603 - this interpreter
+        return [path.name for path in (cache / "exports").iterdir() if path.is_dir()]
+
+    engine = open_engine(model=str(tiny_sd), cache_dir=cache)
+    engine.load()
+    kept = prune()
+    assert len(kept) == 1
+    engine.unload()
+    assert prune() == kept
+    engine.load()
+    engine.close()
+    assert prune() == []
