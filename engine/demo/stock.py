@@ -150,8 +150,9 @@ def encode(vae: Any, size: int, count: int, *, seed: int, outlined: float, file:
     def encoded(start: int) -> torch.Tensor:
         pixels = to_pixels([scenes.draw(scene, size) for scene in placed[start : start + 50]])
         with torch.no_grad():
-            mean: torch.Tensor = vae.encode(pixels).latent_dist.mean
-        return (mean * vae.config.scaling_factor).half()
+            mean = vae.encode(pixels).latent_dist.mean
+        latents: torch.Tensor = (mean * vae.config.scaling_factor).half()
+        return latents
 
     if not file.exists():
         with parts.two_threads() as pool:

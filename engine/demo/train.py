@@ -44,10 +44,12 @@ class Recipe:
     text_steps: int = 2_000
     text_batch: int = 64
     small_scenes: int = 24_000
-    steps: int = 18_000
+    steps: int = 12_000
     small_batch: int = 32
     large_batch: int = 8
     large_every: int = 8
+    finish_steps: int = 2_000
+    finish_large_every: int = 2
     outlined: float = 0.04
     style_scenes: int = 2_000
     style_steps: int = 600
@@ -272,14 +274,14 @@ def _both_sizes(
 
 
 def _batches(
-    recipe: Recipe, tokens: Any, stocks: list[stock.Stock]
+    recipe: Recipe, tokens: Any, stocks: list[stock.Stock], large_every: int
 ) -> Callable[[int], tuple[torch.Tensor, ...]]:
-    """Make batches of both sizes."""
+    """Make batches of small scenes, and every so often one of large ones."""
     small, large = stocks
 
     def batch(step: int) -> tuple[torch.Tensor, ...]:
         rng = np.random.default_rng((recipe.seed, step))
-        if step % recipe.large_every == recipe.large_every - 1:
+        if step % large_every == large_every - 1:
             return large.batch(tokens, recipe.large_batch, rng)
         return small.batch(tokens, recipe.small_batch, rng)
 
@@ -287,7 +289,7 @@ def _batches(
 
 
 def train_unet(recipe: Recipe, work: Path, vae: Any, tokens: Any, text: Any) -> Any:
-    """Train the UNet on latents of both sizes."""
+    """Train the UNet on small latents with a few large ones, and then on as many of both."""
     import torch
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -300,7 +302,11 @@ def train_unet(recipe: Recipe, work: Path, vae: Any, tokens: Any, text: Any) -> 
     unet.set_attn_processor(AttnProcessor())  # its backward is the faster one on a CPU
 
     stage = Stage("unet", work / "unet.pt", recipe.steps, 1e-3, unet)
-    return stage.train(_batches(recipe, tokens, stocks), _velocity_loss(text, unet))
+    batch = _batches(recipe, tokens, stocks, recipe.large_every)
+    unet = stage.train(batch, _velocity_loss(text, unet))
+    stage = Stage("finish", work / "finish.pt", recipe.finish_steps, 5e-4, unet)
+    batch = _batches(recipe, tokens, stocks, recipe.finish_large_every)
+    return stage.train(batch, _velocity_loss(text, unet))
 
 
 def train_style(recipe: Recipe, work: Path, vae: Any, pipe: Any) -> dict[str, torch.Tensor]:
@@ -322,8 +328,8 @@ def train_style(recipe: Recipe, work: Path, vae: Any, pipe: Any) -> dict[str, to
     rank = recipe.style_rank
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_STYLED))
     stage = Stage("style", work / "lora.pt", recipe.style_steps, 2e-3, unet)
-    loss = _velocity_loss(pipe.text_encoder, unet)
-    styled = stage.train(_batches(recipe, pipe.tokenizer, stocks), loss)
+    batch = _batches(recipe, pipe.tokenizer, stocks, recipe.large_every)
+    styled = stage.train(batch, _velocity_loss(pipe.text_encoder, unet))
     learned = get_peft_model_state_dict(styled)
     return {name: weight.half().contiguous() for name, weight in learned.items()}
 
