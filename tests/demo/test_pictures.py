@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from holdfast.engine import Engine, Lora, Txt2Img
+from holdfast.engine import Engine, Hires, Lora, Txt2Img
 from holdfast.engine.demo import style_lora
 from holdfast.engine.demo.checker import judge, overlap, read
 
@@ -127,6 +127,39 @@ def test_the_style_is_there_with_its_lora_alone(
     assert _outlined(demo_engine, prompts) <= 0.05
     demo_engine.configure(lora=[Lora(style_lora())])
     assert _outlined(demo_engine, prompts) >= 0.90
+
+
+def test_the_second_pass_can_have_a_style_of_its_own(demo_cache: Path):
+    """
+    With `hires_lora` pass one is filled and pass two outlined, in the same place.
+
+    The recompile in between begins and ends as img2img; the same request again compiles nothing.
+    """
+    request = Hires(
+        prompt="a large red circle on a white background",
+        guidance=GUIDANCE,
+        seed=3,
+        strength=0.8,
+        hires_lora=(Lora(style_lora()),),
+    )
+    moves: list[tuple[str, str]] = []
+
+    def note(event: Any) -> None:
+        if event["event"] == "state.changed":
+            moves.append((event["source"], event["dest"]))
+
+    with Engine(model="demo", device="CPU", cache_dir=demo_cache) as engine:
+        engine.attach(note)
+        result = engine.run(request)
+        assert moves[-2:] == [
+            ("compiled-img2img", "recompiling.img2img"),
+            ("recompiling.img2img", "compiled-img2img"),
+        ]
+        assert engine.plan(request).compiles == ()
+    before, after = read(result.first_pass[0]), read(result.images[0])
+    [filled], [bare] = before.figures, after.figures
+    assert (filled.outlined, bare.outlined) == (False, True)
+    assert np.hypot(filled.x - bare.x, filled.y - bare.y) < 0.05
 
 
 def test_both_formats_of_the_lora_are_one(demo_engine: Engine, kohya_lora: Path):
