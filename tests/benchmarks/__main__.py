@@ -34,13 +34,14 @@ def main() -> None:
         workload = Workload(**places, steps=4, hires_steps=4)
     else:
         workload = Workload(**places)
-    rounds, warm = (2, 3) if arguments.full else (1, 3 if arguments.quick else 2)
+    rounds, warm = (2, 3) if arguments.full else (1, 2)
     parts = arguments.only or PARTS[: None if arguments.full else -1]
     if "peers" in parts:
         measured = measure_peers(workload, NEAR, folder, rounds=rounds, warm=warm)
-        measured |= measure_peers(workload, FAR, folder, rounds=1, warm=1)
-        report.report_peers("peers", workload, measured)
-        report.plot(measured)
+        for group in ((), *FAR):
+            measured |= measure_peers(workload, [group], folder, rounds=1, warm=1)
+            report.report_peers("peers", workload, measured)
+            report.plot(measured)
     if "int8" in parts:
         measured = measure_peers(workload, [INT8_GROUP], folder, rounds=rounds, warm=warm)
         report.report_peers("int8", workload, measured)
