@@ -101,11 +101,11 @@ def compiler_of(engine: Engine) -> Compiler:
 
 
 def live_components() -> int:
-    """Count the compiled components that anything in this process still holds."""
-    from holdfast.engine.compiler import Component
+    """Count the compiled models that anything in this process still holds, but for views."""
+    import openvino as ov
 
     gc.collect()
-    return sum(type(each) is Component for each in gc.get_objects())
+    return sum(type(each) is ov.CompiledModel for each in gc.get_objects())
 
 
 def write_lora(

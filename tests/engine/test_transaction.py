@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ from .engines import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -74,13 +76,15 @@ def failing_core(engine: Engine, name: str, error: Exception, at: int = 1) -> It
 
 
 @contextmanager
-def failing_once(owner: Any, name: str, error: Exception) -> Iterator[None]:
-    """Let the first call of a function raise."""
+def failing_once(owner: Any, name: str, error: Exception, at: int = 1) -> Iterator[None]:
+    """Let one call of a function raise, counted from 1."""
     function = getattr(owner, name)
+    calls = itertools.count(1)
 
-    def fail(*_: Any) -> None:
-        setattr(owner, name, function)
-        raise error
+    def fail(*arguments: Any) -> Any:
+        if next(calls) == at:
+            raise error
+        return function(*arguments)
 
     setattr(owner, name, fail)
     try:
@@ -90,21 +94,22 @@ def failing_once(owner: Any, name: str, error: Exception) -> Iterator[None]:
 
 
 @contextmanager
-def cancelling(engine: Engine, event: str) -> Iterator[None]:
-    """Ask the running job to stop when the engine logs the event."""
+def cancelling(engine: Engine, event: str, at: int = 1) -> Iterator[None]:
+    """Ask the running job to stop when the engine logs an event the given time."""
+    seen: list[str] = []
 
     def stop(record: Any) -> None:
-        if record["event"] == event and not stopped:
-            stopped.append(engine._owner.running)
-            engine._owner.running.cancel()
+        if record["event"] == event:
+            seen.append(event)
+            if len(seen) == at:
+                engine._owner.running.cancel()
 
-    stopped: list[Any] = []
     engine._emit.add_sink(stop)
     try:
         yield
     finally:
         engine._emit.remove_sink(stop)
-    assert stopped
+    assert len(seen) >= at
 
 
 def forget_graphs(engine: Engine) -> None:
@@ -118,7 +123,7 @@ class Fault:
     What goes wrong in a change of the LoRA set.
 
     Attributes:
-        point: Where.
+        name: Where, and what.
         inject: Makes it so.
         component: Of the `CompileError` that comes of it; empty: the job is cancelled.
         cause: Words of its text.
@@ -126,15 +131,15 @@ class Fault:
         before: Called before it.
     """
 
-    point: str
+    name: str
     inject: Callable[[Engine], AbstractContextManager[None]]
-    component: str = "unet"
-    cause: str = "out of luck"
+    component: str
+    cause: str = ""
     lora: str = "chalk"
     before: Callable[[Engine], None] = lambda _: None
 
     def __str__(self) -> str:
-        return self.point
+        return self.name
 
 
 @contextmanager
@@ -152,54 +157,83 @@ def fuse_module() -> Any:
     return compiler
 
 
-FAULTS = (
-    Fault(
-        "read",
-        lambda engine: failing_core(engine, "read_model", luck(), at=2),
-        before=forget_graphs,
+ERRORS: dict[str, tuple[Callable[[], Exception], str]] = {
+    "an error": (luck, "out of luck"),
+    "no memory": (lambda: MemoryError(NO_MEMORY), NO_MEMORY),
+}
+"""What is raised, and what the text tells of it."""
+
+Inject = Callable[["Engine", Exception], "AbstractContextManager[None]"]
+POINTS: dict[str, tuple[str, Inject, tuple[str, int] | None]] = {
+    "the second read": (
+        "unet",
+        lambda engine, error: failing_core(engine, "read_model", error, at=2),
+        ("component.read.started", 2),
     ),
-    Fault(
-        "cancel while reading",
-        lambda engine: cancelling(engine, "component.read.started"),
-        component="",
-        before=forget_graphs,
-    ),
-    Fault("fuse", lambda _: failing_once(fuse_module(), "fuse", luck()), "text_encoder"),
-    Fault(
-        "fuse without memory",
-        lambda _: failing_once(fuse_module(), "fuse", MemoryError(NO_MEMORY)),
+    "the first fuse": (
         "text_encoder",
-        NO_MEMORY,
+        lambda _, error: failing_once(fuse_module(), "fuse", error),
+        ("component.fuse.started", 1),
     ),
-    Fault("cancel while fusing", lambda engine: cancelling(engine, "component.fuse.started"), ""),
-    Fault(
-        "the first compile",
-        lambda engine: failing_core(engine, "compile_model", luck()),
+    "the second fuse": (
+        "unet",
+        lambda _, error: failing_once(fuse_module(), "fuse", error, at=2),
+        ("component.fuse.started", 2),
+    ),
+    "the first compile": (
         "text_encoder",
+        lambda engine, error: failing_core(engine, "compile_model", error),
+        ("component.compile.started", 1),
     ),
-    Fault("the second compile", lambda engine: failing_core(engine, "compile_model", luck(), at=2)),
-    Fault(
-        "a compile without memory",
-        lambda engine: failing_core(engine, "compile_model", MemoryError(NO_MEMORY), at=2),
-        cause=NO_MEMORY,
+    "the second compile": (
+        "unet",
+        lambda engine, error: failing_core(engine, "compile_model", error, at=2),
+        ("component.compile.started", 2),
     ),
-    Fault(
-        "cancel while compiling",
-        lambda engine: cancelling(engine, "component.compile.started"),
-        "",
+    "the first check": (
+        "text_encoder",
+        lambda engine, error: failing_once(compiler_of(engine), "_try", error),
+        ("component.compile.completed", 1),
     ),
-    Fault("check", nothing, cause="values that are not finite", lora="storm"),
-    Fault(
-        "swap",
-        lambda engine: failing_once(pipeline_of(engine).store, "serve", luck()),
+    "the second check": (
+        "unet",
+        lambda engine, error: failing_once(compiler_of(engine), "_try", error, at=2),
+        None,
+    ),
+    "the eviction": (
         "text_encoder, unet",
+        lambda engine, error: failing_once(pipeline_of(engine).store, "evict", error),
+        None,
     ),
-    Fault(
-        "evict",
-        lambda engine: failing_once(pipeline_of(engine).store, "evict", luck()),
+    "the swap": (
         "text_encoder, unet",
+        lambda engine, error: failing_once(pipeline_of(engine).store, "serve", error),
+        None,
     ),
-)
+}
+"""Each point: the component that fails there, what makes it fail, and the event to cancel at."""
+
+
+def faults() -> Iterator[Fault]:
+    """Yield the table: every point, with every kind of failure that can be there."""
+    for point, (component, inject, event) in POINTS.items():
+        before = forget_graphs if point == "the second read" else lambda _: None
+        for kind, (error, cause) in ERRORS.items():
+            yield Fault(
+                f"{point}: {kind}",
+                lambda engine, inject=inject, error=error: inject(engine, error()),
+                component,
+                cause,
+                before=before,
+            )
+        if event is not None:
+            yield Fault(
+                f"{point}: a cancel",
+                lambda engine, event=event: cancelling(engine, *event),
+                "",
+                before=before,
+            )
+    yield Fault("values that are not finite", nothing, "unet", "not finite", lora="storm")
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -207,10 +241,7 @@ FAULTS = (
 
 @pytest.fixture(
     scope="module",
-    params=[
-        (Mode.TXT2IMG, "evict_first"),
-        (Mode.IMG2IMG, "stage_first"),
-    ],
+    params=[(mode, policy) for mode in Mode for policy in ("stage_first", "evict_first")],
     ids=" ".join,
 )
 def engine(
@@ -227,7 +258,8 @@ def engine(
         yield engine
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", list(faults()), ids=str)
 def test_a_failure_at_any_point_leaves_everything_as_it_was(
     engine: Engine, fault: Fault, request: pytest.FixtureRequest
 ) -> None:
