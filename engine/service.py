@@ -165,6 +165,7 @@ class Service:
             GenerationError: A pass failed.
             Cancelled: The job was stopped.
         """
+        job.advance("find model")
         seeds = settle_seeds(request)
         facts = {
             "kind": request.kind,
@@ -185,7 +186,6 @@ class Service:
         self, job: Job[Any], request: Request, seeds: tuple[int, ...], learned: dict[str, object]
     ) -> Result:
         began = time.perf_counter()
-        job.advance("find model")
         passes = self._settle(request, seeds)
         learned |= {"width": passes[-1].width, "height": passes[-1].height}
         degradations = self._check_prompts(passes)

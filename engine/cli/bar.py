@@ -74,7 +74,7 @@ def wait(engine: Engine, job: Job[T]) -> T:
 def _words(place: Place, compiling: str) -> str:
     if place.step is not None:
         return f"{place.phase}, step {place.step} of {place.steps}"
-    if place.phase == "find model":
+    if place.phase in ("queued", "find model"):
         return "finding the model; the first time it is exported"
     return compiling or place.phase.replace("prepare", "preparing pass")
 
