@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _COMPILE = "{component} {key} for {device_asked}, shape {shape}"
 _DENOISING = "pass {pass}: {mode} on {pipeline}, {width}x{height}, {steps} steps of {scheduler}"
-_REQUEST = "{kind} {width}x{height}, {steps} steps, seeds {seeds}"
+_REQUEST = "{kind} {size}, {steps} steps, seeds {seeds}"
 WORDS: Mapping[str, str] = {
     "engine.opened": "engine {engine_id} opened for {device_asked}: {model}; {versions}",
     "engine.closed": "engine {engine_id} closed in {state} after {uptime_seconds:s}",
@@ -126,6 +126,10 @@ def _told(event: Mapping[str, Any]) -> Mapping[str, Any]:
     """Put the facts that the words of an event need into the form in which they are told."""
     if event.get("input") == "none":
         return {**event, "input": "noise", "input_digest": ""}
+    if "kind" in event and "seeds" in event:
+        sides = (event.get("width"), event.get("height"))
+        size = "at the model's size" if sides == (None, None) else _fill("{0}x{1}", sides, {})
+        event = {**event, "size": size}
     timings = event.get("timings")
     if isinstance(timings, dict):
         lasted = {
