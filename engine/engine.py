@@ -310,6 +310,15 @@ class Engine:
             recompiles=lambda: bool(self._service.plan(request).compiles),
         )
 
+    def job(self, job_id: str) -> Job[Any]:
+        """
+        Return the job with this `Job.id`: while it waits or runs, and as long as anybody holds it.
+
+        Raises:
+            InvalidRequest: There is no such job.
+        """
+        return self._owner.job(job_id)
+
     def subscribe(
         self,
         callback: Callable[[Any], object],
