@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from holdfast.engine.config import EngineConfig
+from holdfast.engine.demo import GUIDANCE
 from holdfast.engine.demo.sheet import contact_sheet
 from holdfast.engine.engine import Engine
 from holdfast.engine.requests import Hires, Txt2Img
@@ -20,7 +21,7 @@ PROMPTS = (
     "a small yellow star left of a large green ring on a white background",
     "a purple heart on a yellow background",
 )
-_SEED = 7
+_SEED = 8
 _HEADINGS = (
     "first pass",
     "enlarged alone\n(Lanczos)",
@@ -49,13 +50,19 @@ def make_showcase(folder: Path, cache_dir: Path | None) -> str:
     rows: list[tuple[str, tuple[Image, ...]]] = []
     with Engine(EngineConfig(cache_dir=cache_dir, log_file=log)) as engine:
         for prompt in PROMPTS:
-            result = engine.run(Hires(prompt=prompt, seed=_SEED))
+            result = engine.run(Hires(prompt=prompt, seed=_SEED, guidance=GUIDANCE))
             hires, small = result.images[0], result.first_pass[0]
             if not rows:
                 result.save(folder / "hires.png")
                 small.save(folder / "first-pass.png")
             lanczos = upscale_image(small, "lanczos", *hires.size)
-            forgetful = Txt2Img(prompt=prompt, seed=_SEED, width=hires.width, height=hires.height)
+            forgetful = Txt2Img(
+                prompt=prompt,
+                seed=_SEED,
+                guidance=GUIDANCE,
+                width=hires.width,
+                height=hires.height,
+            )
             rows.append((prompt, (small, lanczos, hires, *engine.run(forgetful).images)))
     contact_sheet(_HEADINGS, rows).save(folder / "contact-sheet.png")
     return (

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+GUIDANCE = 3.0
+"""The guidance scale at which the demo model draws best."""
+
 _HERE = Path(__file__).parent
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from holdfast.engine.demo import scenes
+from holdfast.engine.demo import GUIDANCE, scenes
 from holdfast.engine.demo.checker import judge, overlap, read
 
 if TYPE_CHECKING:
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-GUIDANCE = 3.0
 STEPS = 20
 _SEED = 2024
 _CARD = """\

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from holdfast.engine import Engine, Hires
+from holdfast.engine.demo import GUIDANCE
 from holdfast.engine.demo.checker import Reading, read
 from holdfast.engine.demo.scenes import Description, describe, phrase
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-GUIDANCE = 3.0
 ONE_FIGURE, TWO_FIGURES = 140, 60
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from holdfast.engine import Engine, Hires, Lora, Txt2Img
-from holdfast.engine.demo import style_lora
+from holdfast.engine.demo import GUIDANCE, style_lora
 from holdfast.engine.demo.checker import judge, overlap, read
 
 if TYPE_CHECKING:
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.slow]
 
-GUIDANCE = 3.0
-unfinished = pytest.mark.xfail(
-    strict=True, reason="the weights that ship are of a short training; see their model card"
-)
 FACTS = ("background", "colour", "shape", "position")
 
 
@@ -47,7 +43,6 @@ def enlarged(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-@unfinished
 def test_one_figure_is_drawn_as_asked(drawn: list[Any]):
     """Of one figure, background, colour, shape and position are right as often as promised."""
     right = shares(drawn, "first_reading", figures=1)
@@ -57,7 +52,6 @@ def test_one_figure_is_drawn_as_asked(drawn: list[Any]):
     assert right["position"] >= 0.90, right
 
 
-@unfinished
 def test_two_figures_are_drawn_as_asked(drawn: list[Any]):
     """Of two figures, everything is right in at least 75 %."""
     right = shares(drawn, "first_reading", figures=2)
@@ -73,7 +67,6 @@ def test_the_second_pass_keeps_what_the_first_got_right(drawn: list[Any], figure
         assert after[fact] >= share - 0.02, (fact, before, after)
 
 
-@unfinished
 def test_the_second_pass_keeps_the_figures_in_place(drawn: list[Any]):
     """The figures of both passes overlap with a median of at least 0.92."""
     overlaps = [
@@ -118,7 +111,6 @@ def _outlined(engine: Engine, prompts: list[tuple[Description, str]]) -> float:
     )
 
 
-@unfinished
 def test_the_style_is_there_with_its_lora_alone(
     demo_engine: Engine, held_out: list[tuple[Description, str]]
 ):
