@@ -61,6 +61,7 @@ def main() -> None:
 def _costs(workload: Workload, folder: Path) -> None:
     dynamic = _ask("costs:Costs", workload, folder, "second", "switches", "bookkeeping", "batch")
     static = _ask("costs:StaticCosts", workload, folder, "second")
+    silent = _ask("costs:Silent", workload, folder, "bookkeeping")
     imports = import_seconds()
     batch, switches = dynamic["batch"], dynamic["switches"]
     report.report_costs(
@@ -69,9 +70,10 @@ def _costs(workload: Workload, folder: Path) -> None:
             ["... components compiled", f"{switches['compiled']:.0f}", "0"],
             [
                 "lifecycle, plan and log of one request of 30 steps, CPU",
-                f"{dynamic['bookkeeping']['milliseconds']:.2f} ms",
+                f"{silent['bookkeeping']['milliseconds']:.2f} ms",
                 "2 ms",
             ],
+            ["... written to a file", f"{dynamic['bookkeeping']['milliseconds']:.2f} ms", ""],
             ["`import holdfast.engine.engine`, CPU", f"{imports:.2f} s", "0.3 s"],
             [
                 "second hires of the same sizes: compiled, `dynamic`",
@@ -85,7 +87,7 @@ def _costs(workload: Workload, folder: Path) -> None:
                 "1.0",
             ],
         ],
-        {"dynamic": dynamic, "static": static, "import_seconds": imports},
+        {"dynamic": dynamic, "silent": silent, "static": static, "import_seconds": imports},
     )
 
 

@@ -47,7 +47,7 @@ GOALS = (
     ("peak resident memory against openvino-genai", ("peers", "Holdfast", "GenAI", "peak"), 0.7),
     ("switch between the modes, all held, ms", ("costs", "dynamic", "switches", "milliseconds"), 5),
     ("lifecycle, plan and log of one request, CPU ms",
-     ("costs", "dynamic", "bookkeeping", "milliseconds"), 2),
+     ("costs", "silent", "bookkeeping", "milliseconds"), 2),
     ("`import holdfast.engine`, CPU s", ("costs", "import_seconds"), 0.3),
     ("compiled by a second hires, `dynamic`", ("costs", "dynamic", "second", "compiled"), 0),
     ("... `static`", ("costs", "static", "second", "compiled"), 0),
