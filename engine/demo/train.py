@@ -52,8 +52,8 @@ class Recipe:
     finish_large_every: int = 2
     outlined: float = 0.04
     style_scenes: int = 2_000
-    style_steps: int = 600
-    style_rank: int = 4
+    style_steps: int = 1_800
+    style_rank: int = 6
 
 
 class Stage:
@@ -72,7 +72,7 @@ class Stage:
         self._optimiser = torch.optim.AdamW(
             learned, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
-        average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)  # type: ignore[no-untyped-call]  # torch leaves it so
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(1 - 12 / steps)  # type: ignore[no-untyped-call]  # torch leaves it so
         self.average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
         self._model, self._learned, self._pool = model, learned, parts.two_threads()
 
