@@ -358,7 +358,8 @@ def main() -> None:
     pipe = parts.pipeline(tokens, text, unet, vae)
     lora = train_style(recipe, work, vae, pipe)
     parts.save_lora(lora, out)
-    card.write(pipe, out, steps=recipe.steps, seed=recipe.seed)
+    steps = recipe.steps + recipe.finish_steps
+    card.write(pipe, out, steps=steps, seed=recipe.seed)
     parts.save(pipe, out / "model")
 
 
