@@ -293,12 +293,16 @@ def test_a_failure_ends_with_1_and_a_line_of_words(
     assert shown[2].endswith(words)
 
 
+HEEDFUL = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+"""Shells have commands that they run in the background ignore an interrupt."""
+
+
 def test_an_interrupt_keeps_the_first_pass(tiny_ir: Path, tmp_path: Path):
     """Ctrl-C amid pass two: the run is cancelled, --first-pass is written, the code is 130."""
     log = tmp_path / "run.jsonl"
     process = subprocess.Popen(  # noqa: S603 - this interpreter
         [
-            sys.executable, "-c", COMMAND, "generate", "x", "--hires", "--steps", "2",
+            sys.executable, "-c", HEEDFUL + COMMAND, "generate", "x", "--hires", "--steps", "2",
             "--hires-steps", "500", "--first-pass", "first.png", "--log", str(log),
             "--model", str(tiny_ir), "--cache-dir", str(tmp_path / "cache"),
         ],
