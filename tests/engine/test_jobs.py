@@ -134,6 +134,7 @@ def test_an_interrupt_of_the_waiting_thread_stops_the_job() -> None:
     """Ctrl-C in bound_result ends the wait at once and the job with it."""
     ran = python("""
         import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
         job = owner.submit("x", forever)
         runs.wait()
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()

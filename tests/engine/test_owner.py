@@ -270,16 +270,19 @@ def test_a_job_may_close_its_own_engine(bench: Bench) -> None:
 def test_the_interpreter_exits_although_nobody_closed(jobs: str) -> None:
     """Exit cancels a running job and ends, quietly; a thread that waits for the job hears of it."""
     ran = python(f"""
+        import atexit
+        told = threading.Event()
+        def wait():
+            print(type(job.exception()).__name__, type(late.exception()).__name__, flush=True)
+            told.set()
+        if {jobs!r} == "wait":
+            atexit.register(told.wait)  # before the owner's own, so that it is called after it
         if {jobs!r}:
             job = owner.submit("x", forever)
             late = owner.submit("y", forever)
             runs.wait()
         if {jobs!r} == "wait":
-            def wait():
-                print(type(job.exception()).__name__, type(late.exception()).__name__)
             threading.Thread(target=wait, daemon=True).start()
-            import atexit
-            atexit.register(lambda: time.sleep(0.2))
         """)
     said = "Cancelled Cancelled\n" if jobs == "wait" else ""
     assert (ran.stdout, ran.stderr, ran.returncode) == (said, "", 0)
