@@ -125,10 +125,13 @@ class CompiledPipeline:
 
     def plan(self, stages: Sequence[Stage]) -> Plan:
         """Decide what serving these stages takes. No side effect."""
+        return self._plan_from(self.standing(), stages)
+
+    def _plan_from(self, now: Standing, stages: Sequence[Stage]) -> Plan:
         compiler = self.store.compiler
         keys = {key for stage in stages for key in stage.keys.values()}
         absent = frozenset(key.graph for key in keys if compiler.is_absent(key))
-        return plan(replace(self.standing(), absent=absent), stages, compiler.price)
+        return plan(replace(now, absent=absent), stages, compiler.price)
 
     def plan_ahead(self, config: EngineConfig, modes: Sequence[Mode]) -> Plan | None:
         """
@@ -355,15 +358,18 @@ class CompiledPipeline:
 
     def _plan_change(self, settings: Settings) -> Plan:
         """Plan what other settings change; all else serves on, be it of a pass's own."""
-        mode = self.lifecycle.mode
+        mode, config = self.lifecycle.mode, settings.config
+        now = replace(
+            self.standing(), budget=budget_bytes(config.memory_budget), policy=config.policy
+        )
         if mode is None:
-            return self.plan([])
+            return self._plan_from(now, [])
         was = self._settings.keys(mode, self._geometry)
         keys = {
             name: self.store.service[name].key if was.get(name) == key else key
             for name, key in settings.keys(mode, self._geometry).items()
         }
-        return self.plan([Stage(mode, keys)])
+        return self._plan_from(now, [Stage(mode, keys)])
 
     def _roll_back(
         self, move: Move, before: Mapping[str, ComponentKey], error: BaseException

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -93,6 +94,10 @@ def toy(tiny_ir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "vae_encoder": convolution("sample", 3, 8),
     }.items():
         ov.save_model(graph, folder / name / "openvino_model.xml", compress_to_fp16=False)
+    for name in ("vae_decoder", "vae_encoder"):
+        file = folder / name / "config.json"
+        whole = json.loads(file.read_text()) | {"block_out_channels": [8]}
+        file.write_text(json.dumps(whole))  # latents of the image's size: nothing to cut into tiles
     return folder
 
 
