@@ -216,6 +216,10 @@ def save(pipe: Any, folder: Path) -> None:
     import torch
 
     pipe.to(torch.float16).save_pretrained(folder)
+    for file in folder.glob("*/config.json"):
+        said = json.loads(file.read_text())
+        if said.pop("_name_or_path", None) is not None:  # where a checkpoint lay
+            file.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
     described = json.loads(pipe.tokenizer.backend_tokenizer.to_str())["model"]
     words = folder / "tokenizer"
     (words / "vocab.json").write_text(json.dumps(described["vocab"], ensure_ascii=False))

@@ -31,6 +31,12 @@ def test_configs_are_plain_json():
         json.loads(file.read_text(), parse_constant=refuse)
 
 
+def test_configs_name_no_folder():
+    """No config tells where the model lay when it was trained."""
+    for file in model_folder().rglob("*.json"):
+        assert "_name_or_path" not in file.read_text(), file
+
+
 def test_diffusers_reads_it():
     """The folder is an ordinary StableDiffusionPipeline and makes a picture of any size it can."""
     from holdfast.engine.imports import heavy
