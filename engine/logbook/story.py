@@ -118,8 +118,16 @@ def words(entry: Entry) -> str:
     template = WORDS.get(entry.name)
     if template is None:
         facts = (f"{k}={v}" for k, v in entry.event.items() if k not in _COMMON)
-        return printable(f"{entry.name} {' '.join(facts)}")
-    return printable(_DIGEST.sub(r"\1", _fill(template, (), _told(entry.event))).rstrip())
+        return _shown(f"{entry.name} {' '.join(facts)}")
+    return _shown(_DIGEST.sub(r"\1", _fill(template, (), _told(entry.event))).rstrip())
+
+
+def _shown(text: str) -> str:
+    """Spell out, beside what `printable` does, what a terminal may show as nothing at all."""
+    text = printable(text)
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else f"\\u{ord(each):04x}" for each in text)
 
 
 def _told(event: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -161,9 +169,9 @@ class Story:
     def tell(self, entry: Entry) -> tuple[Text, Text]:
         """Return where the log's next event stands (when, whose), and what it tells: one line."""
         self._engines.add(entry.engine_id)
-        engine = f"{printable(entry.engine_id)[:8]:8} " if len(self._engines) > 1 else ""
+        engine = f"{_shown(entry.engine_id)[:8]:8} " if len(self._engines) > 1 else ""
         style = _STYLES.get(str(entry.event.get("level")), _STYLES_OF.get(entry.name, ""))
-        request = printable(str(entry.event.get("request_id") or ""))
+        request = _shown(str(entry.event.get("request_id") or ""))
         where = Text.assemble(
             (f"{entry.at:%H:%M:%S}.{entry.at.microsecond // 1000:03} ", "dim"),
             (engine, "dim"),
