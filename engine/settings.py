@@ -210,8 +210,8 @@ class Resolver:
         if found.path.parent == self._cache.exports and found.path not in self._holds:
             hold = self._holds[found.path] = contextlib.ExitStack()
             hold.enter_context(self._cache.hold(found.path))
-            # Another process may have pruned it just before.
-            found = resolve(model, self._cache.root, self._emit)
+            if not found.path.exists():  # another process has pruned it just before
+                found = resolve(model, self._cache.root, self._emit)
         return found
 
 
