@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 import weakref
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from holdfast.engine.integrity import read_json
 from holdfast.engine.schedulers import SCHEDULERS, make_scheduler, short_name
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from holdfast.engine.families import Geometry
     from holdfast.engine.source import ModelFolder
 
@@ -106,8 +109,12 @@ class Model:
     @property
     def scheduler_name(self) -> str | None:
         """The key in `SCHEDULERS` of the model's own scheduler; None where it has none."""
-        settings = read_json(self.parts / "scheduler" / "scheduler_config.json")
-        return short_name(settings["_class_name"])
+        return short_name(self._scheduler_settings["_class_name"])
+
+    @cached_property
+    def _scheduler_settings(self) -> Mapping[str, Any]:
+        settings: Mapping[str, Any] = read_json(self.parts / "scheduler" / "scheduler_config.json")
+        return settings
 
     def scheduler(self, name: str | None) -> Any:
         """
@@ -167,8 +174,7 @@ class Model:
         longest = None if scheduler is None else SCHEDULERS[scheduler].longest
         if longest is None:
             return
-        settings = read_json(self.parts / "scheduler" / "scheduler_config.json")
-        length = settings.get(*longest)
+        length = self._scheduler_settings.get(*longest)
         most = int(length * strength)
         if steps <= most:
             return
