@@ -71,30 +71,31 @@ def _describe(rng: np.random.Generator, outlined: float) -> scenes.Description:
     return replace(chosen, outlined=bool(rng.random() < outlined))
 
 
-_KINDS = {
-    "background": tuple(scenes.COLOURS),
-    "relation": scenes.RELATIONS,
+_OF_SCENE = {"background": tuple(scenes.COLOURS), "relation": scenes.RELATIONS}
+_OF_ITEM = {
     "shape": tuple(scenes.SHAPES),
     "colour": tuple(scenes.COLOURS),
     "size": tuple(scenes.SIZES),
     "position": tuple(scenes.POSITIONS),
 }
+_NOBODY = scenes.Item("", "")
 
 
 def meanings() -> list[int]:
     """Tell how many answers each fact of a description has, `unsaid` included."""
-    of_scene, of_item = list(_KINDS)[:2], list(_KINDS)[2:]
-    return [*(1 + len(_KINDS[kind]) for kind in [*of_scene, *of_item, *of_item]), 2]
+    return [
+        *(1 + len(each) for facts in (_OF_SCENE, _OF_ITEM, _OF_ITEM) for each in facts.values()),
+        2,
+    ]
 
 
 def _mean(description: scenes.Description) -> list[int]:
     """Number the facts of a description, in the order of `meanings`; 0 is unsaid."""
-    first, *others = description.items
-    second = others[0] if others else scenes.Item("", "")
-    said = [("background", description.background), ("relation", description.relation)]
-    said += [(kind, getattr(item, kind)) for item in (first, second) for kind in list(_KINDS)[2:]]
-    facts = [1 + _KINDS[kind].index(answer) if answer else 0 for kind, answer in said]
-    return [*facts, int(description.outlined)]
+    first, second, *_ = (*description.items, _NOBODY)
+    asked = ((description, _OF_SCENE), (first, _OF_ITEM), (second, _OF_ITEM))
+    said = [(answers, getattr(of, fact)) for of, facts in asked for fact, answers in facts.items()]
+    numbers = [1 + answers.index(answer) if answer else 0 for answers, answer in said]
+    return [*numbers, int(description.outlined)]
 
 
 def sentences(
