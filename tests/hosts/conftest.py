@@ -5,18 +5,61 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from holdfast.engine import Engine
+from holdfast.engine.jobs import Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import ModuleType
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "embedding"
+PATIENCE = 600.0
+
+
+class Halt:
+    """
+    Holds every job after some steps of each pass, until the test has seen it or it is to stop.
+
+    Else a fast machine is through before a host has looked once.
+
+    Args:
+        step: After which one.
+    """
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._seen = {1: threading.Event(), 2: threading.Event()}
+
+    def hold(self, job: Job[Any], pass_number: int | None, step: int | None) -> None:
+        if pass_number is None or step != self._step:
+            return
+        while job.status != "cancelling" and not self._seen[pass_number].wait(0.01):
+            pass
+
+    def go_on(self, pass_number: int) -> None:
+        """Let jobs run through a pass from now on."""
+        self._seen[pass_number].set()
+
+
+@pytest.fixture
+def halt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Halt]:
+    """Holds jobs after five steps of each pass."""
+    halt, advance = Halt(5), Job.advance
+
+    def advance_and_halt(job: Job[Any], *phase: Any, **facts: Any) -> None:
+        advance(job, *phase, **facts)
+        halt.hold(job, facts.get("pass_number"), facts.get("step"))
+
+    monkeypatch.setattr(Job, "advance", advance_and_halt)
+    yield halt
+    for pass_number in (1, 2):
+        halt.go_on(pass_number)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from PIL import Image
 
 from holdfast.engine import Engine, Hires
 
-from .conftest import absent
+from .conftest import Halt, absent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,9 +78,19 @@ class Visitor:
         expect(self.said).to_have_value(re.compile(words), timeout=PATIENCE)
         return str(self.said.input_value())
 
+    def wait_for_image(self, label: str) -> Image.Image:
+        """Wait until there is a picture under a label, and return it."""
+        self._shown(label).wait_for()
+        image = self.image(label)
+        assert image is not None
+        return image
+
+    def _shown(self, label: str) -> Any:
+        return self.page.locator(f'.block:has(label:text-is("{label}")) img')
+
     def image(self, label: str) -> Image.Image | None:
         """Return the picture under a label, as the browser got it."""
-        shown = self.page.locator(f'.block:has(label:text-is("{label}")) img')
+        shown = self._shown(label)
         if not shown.count():
             return None
         answer = self.page.request.get(shown.get_attribute("src"))
@@ -89,30 +99,34 @@ class Visitor:
 
 
 def test_a_page_shows_previews_progress_and_both_passes(
-    engine: Engine, served: str, browser: Any
+    engine: Engine, served: str, browser: Any, halt: Halt
 ) -> None:
     """A click on Generate shows previews and the first pass on the way, then the second pass."""
     visitor = Visitor(browser, served)
-    visitor.ask(steps=60)
+    visitor.ask(steps=20)
     visitor.wait(r"running: pass 1, \d+%")
-    visitor.wait("running: pass 2")
-    preview = visitor.image("Preview")
-    assert preview is not None
+    preview = visitor.wait_for_image("Preview")
     assert preview.size == (256, 256)
+    halt.go_on(1)
+    visitor.wait(r"running: pass 2, \d+%")
+    first_pass = visitor.wait_for_image("First pass")
+    halt.go_on(2)
     visitor.wait("done")
-    right = engine.run(Hires(prompt=PROMPT, seed=7, steps=60, scale=2.0))
+    right = engine.run(Hires(prompt=PROMPT, seed=7, steps=20, scale=2.0))
+    assert first_pass.tobytes() == right.first_pass[0].tobytes()
     for label, image in (("First pass", right.first_pass[0]), ("Second pass", right.images[0])):
         shown = visitor.image(label)
         assert shown is not None
         assert shown.tobytes() == image.tobytes()
 
 
-def test_a_visitor_stops_his_own_job(engine: Engine, served: str, browser: Any) -> None:
+def test_a_visitor_stops_his_own_job(engine: Engine, served: str, browser: Any, halt: Halt) -> None:
     """Cancel keeps the first pass of the visitor who clicks it, and touches nobody else's job."""
     mine, other = Visitor(browser, served), Visitor(browser, served)
-    mine.ask(steps=100)
+    mine.ask(steps=20)
     mine.wait(r"running: pass 1, \d+%")
     other.cancel()
+    halt.go_on(1)
     mine.wait("running: pass 2")
     mine.cancel()
     said = mine.wait("was asked to stop")
