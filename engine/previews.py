@@ -33,10 +33,12 @@ class LatentMap:
     Attributes:
         factors: Colour of one unit of each channel, in -1 to 1; shape (channels, 3).
         bias: Colour where all channels are 0; shape (3,).
+        spread: Deviation of clean latents.
     """
 
     factors: Floats
     bias: Floats
+    spread: float = 1.0
 
     def picture(self, latents: Floats, width: int, height: int) -> Image.Image:
         """
@@ -52,8 +54,8 @@ class LatentMap:
         if latents.shape != (channels, height, width):
             blocks = latents.reshape(height // 2, width // 2, channels, 2, 2)
             latents = blocks.transpose(2, 0, 3, 1, 4).reshape(channels, height, width)
-        # Clean latents spread by about 1. What spreads more is noise on a scheduler's own scale.
-        latents = latents / max(1.0, float(latents.std()))
+        # What spreads more than clean latents is noise on a scheduler's own scale.
+        latents = latents / max(1.0, float(latents.std()) / self.spread)
         colours = np.tensordot(latents, self.factors, axes=(0, 0)) + self.bias
         return Image.fromarray(((colours + 1) * 127.5).clip(0, 255).astype(np.uint8))
 
@@ -68,10 +70,9 @@ def latent_map(vae: Mapping[str, Any], side: int, decode: Callable[[Floats], Flo
         decode: Makes pixels (1, 3, height, width) in -1 to 1 of latents (1, channels, side, side)
             as the denoiser sees them. Called once where no map is published, else never.
     """
-    kind = (vae.get("latent_channels"), vae.get("scaling_factor"), vae.get("block_out_channels"))
-    for channels, scale, known in PUBLISHED.values():
-        if kind == (channels, scale, _WIDTHS):
-            return known
+    for known in PUBLISHED.values():
+        if all(vae.get(fact) == value for fact, value in known.vae.items()):
+            return known.map
     patches = -(-side // PATCH)
     shape = (1, int(vae["latent_channels"]), patches, patches)
     probe = np.random.default_rng(0).standard_normal(shape, np.float32)
@@ -97,32 +98,62 @@ def fit(latents: Floats, pixels: Floats) -> LatentMap:
     return LatentMap(solved[:-1], solved[-1])
 
 
-def _table(factors: str, bias: str = "0 0 0") -> LatentMap:
-    return LatentMap(
-        np.array(factors.split(), np.float32).reshape(-1, 3), np.array(bias.split(), np.float32)
+@dataclass(frozen=True)
+class Published:
+    """A map, and what the ``config.json`` of the VAEs that it holds for says."""
+
+    vae: Mapping[str, Any]
+    map: LatentMap
+
+
+def _published(
+    channels: int,
+    scale: float,
+    factors: str,
+    bias: str = "0 0 0",
+    *,
+    widths: tuple[int, ...] = (128, 256, 512, 512),
+    spread: float = 1.0,
+) -> Published:
+    return Published(
+        {
+            "latent_channels": channels,
+            "scaling_factor": scale,
+            "block_out_channels": list(widths),
+        },
+        LatentMap(
+            np.array(factors.split(), np.float32).reshape(-1, 3),
+            np.array(bias.split(), np.float32),
+            spread,
+        ),
     )
 
 
-_WIDTHS = [128, 256, 512, 512]
-
-PUBLISHED: Mapping[str, tuple[int, float, LatentMap]] = MappingProxyType({
+PUBLISHED: Mapping[str, Published] = MappingProxyType({
+    # Fitted to the latents of 400 of the demo model's own scenes.
+    "demo": _published(4, 1.0531431307101797, """
+         0.5937  0.4286 -0.3616
+         0.4330  0.8429  0.6952
+         0.1404  0.2138  0.1192
+        -0.2729 -0.4763 -0.4806
+    """, "0.2691 -0.0332 -0.1381", widths=(16, 32, 64), spread=1.5),
     # keturn, https://discuss.huggingface.co/t/23204 (2022), for Stable Diffusion 1.4.
-    "sd": (4, 0.18215, _table("""
+    "sd": _published(4, 0.18215, """
          0.298  0.207  0.208
          0.187  0.286  0.173
         -0.158  0.189  0.264
         -0.184 -0.271 -0.473
-    """)),
+    """),
     # T. A. Vass, https://huggingface.co/blog/TimothyAlexisVass/explaining-the-sdxl-latent-space
     # (2024): 60 60 60, -60 -5 10, 25 15 -5, -70 -50 -35 and 150 140 130 on a scale of 0 to 255.
-    "sdxl": (4, 0.13025, _table("""
+    "sdxl": _published(4, 0.13025, """
          0.4706  0.4706  0.4706
         -0.4706 -0.0392  0.0784
          0.1961  0.1176 -0.0392
         -0.5490 -0.3922 -0.2745
-    """, "0.1765 0.0980 0.0196")),
+    """, "0.1765 0.0980 0.0196"),
     # Stability AI, https://github.com/Stability-AI/sd3.5, sd3_impls.py (2024).
-    "sd3": (16, 1.5305, _table("""
+    "sd3": _published(16, 1.5305, """
         -0.0645  0.0177  0.1052
          0.0028  0.0312  0.0650
          0.1848  0.0762  0.0360
@@ -139,9 +170,9 @@ PUBLISHED: Mapping[str, tuple[int, float, LatentMap]] = MappingProxyType({
         -0.0120 -0.0055 -0.0867
         -0.0749 -0.0634 -0.0456
         -0.1418 -0.1457 -0.1259
-    """)),
+    """),
     # ComfyUI, https://github.com/comfyanonymous/ComfyUI, comfy/latent_formats.py (2024).
-    "flux": (16, 0.3611, _table("""
+    "flux": _published(16, 0.3611, """
         -0.0346  0.0244  0.0681
          0.0034  0.0210  0.0687
          0.0275 -0.0668 -0.0433
@@ -158,5 +189,5 @@ PUBLISHED: Mapping[str, tuple[int, float, LatentMap]] = MappingProxyType({
         -0.1264 -0.0522 -0.1103
         -0.0280 -0.0881 -0.0499
         -0.1262 -0.0982 -0.0778
-    """, "-0.0329 -0.0718 -0.0851")),
+    """, "-0.0329 -0.0718 -0.0851"),
 })  # fmt: skip

@@ -5,7 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from holdfast.engine.demo import model_folder, style_lora
+from holdfast.engine.demo.scenes import describe, draw, place
+from holdfast.engine.demo.stock import to_pixels
+from holdfast.engine.imports import heavy
+from holdfast.engine.previews import PUBLISHED, fit
 
 
 def test_the_weights_are_small():
@@ -39,8 +46,6 @@ def test_configs_name_no_folder():
 
 def test_diffusers_reads_it():
     """The folder is an ordinary StableDiffusionPipeline and makes a picture of any size it can."""
-    from holdfast.engine.imports import heavy
-
     heavy()
     import torch
     from diffusers import StableDiffusionPipeline
@@ -49,6 +54,25 @@ def test_diffusers_reads_it():
     pipe.set_progress_bar_config(disable=True)
     pictures = pipe("a red star", width=96, height=64, num_inference_steps=2).images
     assert pictures[0].size == (96, 64)
+
+
+def test_previews_have_its_colours():
+    """The published map of its latents is what its encoder makes of drawn scenes."""
+    heavy()
+    import torch
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(model_folder() / "vae").eval()
+    rng = np.random.default_rng(0)
+    described = [describe(rng, figures=1 + number % 2) for number in range(400)]
+    pixels = to_pixels([draw(place(each, rng), 64) for each in described])
+    with torch.no_grad():
+        latents = (vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor).numpy()
+    fitted, known = fit(latents, pixels.numpy()), PUBLISHED["demo"]
+    assert known.vae.items() <= dict(vae.config).items()
+    np.testing.assert_allclose(known.map.factors, fitted.factors, atol=0.01)
+    np.testing.assert_allclose(known.map.bias, fitted.bias, atol=0.01)
+    assert latents.std() == pytest.approx(known.map.spread, rel=0.1)
 
 
 def test_the_card_tells_the_figures():

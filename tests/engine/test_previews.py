@@ -31,14 +31,14 @@ def never(_: object) -> Any:
 def test_the_common_vaes_need_no_fitting(family: str) -> None:
     """SD, SDXL, SD3 and Flux are known by their VAE's configuration."""
     found = latent_map({**CONFIGS[family], "block_out_channels": WIDTHS}, 64, never)
-    assert found is PUBLISHED[family][2]
+    assert found is PUBLISHED[family].map
     assert found.factors.shape == (CONFIGS[family]["latent_channels"], 3)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_brighter_image_gives_a_brighter_picture(family: str) -> None:
     """Moving latents along a map's own grey direction takes the picture from dark to light."""
-    known = PUBLISHED[family][2]
+    known = PUBLISHED[family].map
     grey = np.linalg.pinv(known.factors.T.astype(np.float64)) @ np.full(3, 0.6)
     means = [
         np.asarray(
@@ -138,6 +138,6 @@ def test_packed_latents_are_drawn_like_unpacked_ones() -> None:
 
     latents = torch.randn(1, 16, 6, 10, generator=torch.Generator().manual_seed(0))
     packed = FluxPipeline._pack_latents(latents, 1, 16, 6, 10)
-    flux = PUBLISHED["flux"][2]
+    flux = PUBLISHED["flux"].map
     drawn = flux.picture(packed[0].numpy(), 10, 6)
     assert drawn.tobytes() == flux.picture(latents[0].numpy(), 10, 6).tobytes()
