@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Self
 import platformdirs
 
 from holdfast.engine.config import EngineConfig
-from holdfast.engine.diskcache import DiskCache
 from holdfast.engine.errors import InvalidRequest
 from holdfast.engine.events import Emitter
 from holdfast.engine.logbook.write import JsonLines
@@ -100,6 +99,8 @@ class Engine:
             f"holdfast-{self._id}", self._emit, queue_limit=config.queue_limit, order=config.order
         )
         self._subscribers = Subscribers(self._owner)
+        from holdfast.engine.diskcache import DiskCache  # late: filelock brings asyncio, and ssl
+
         cache_dir = config.cache_dir or Path(platformdirs.user_cache_dir("holdfast"))
         versions = {name: _version(name) for name in _LIBRARIES}
         self._service = Service(

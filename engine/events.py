@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import structlog
-
 from holdfast.engine.logbook.write import printable
 
 if TYPE_CHECKING:
@@ -198,6 +196,8 @@ class Emitter:
     """
 
     def __init__(self, engine_id: str, sinks: tuple[Sink, ...] = ()) -> None:
+        import structlog  # late, as it brings asyncio, and rich where that is installed
+
         self._logger = logging.getLogger(LOGGER_NAME)
         if not self._logger.handlers:
             self._logger.addHandler(logging.NullHandler())
@@ -316,6 +316,8 @@ def _is_heard(logger: logging.Logger | None, level: str) -> bool:
     Rendering it costs more than all else that is done for it, so an event is not rendered for a
     null handler. Where the host has configured structlog, its processors may do anything.
     """
+    import structlog
+
     if structlog.is_configured():
         return True
     if logger is None or not logger.isEnabledFor(getattr(logging, level.upper())):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import datetime as dt
 import secrets
@@ -152,10 +151,14 @@ class Job(Generic[T]):
     def __await__(self) -> Generator[object, None, T]:
         """Wait for the result in any asyncio loop. Cancelling the task leaves the job running."""
         self._owner.refuse_waiting(self)
+        import asyncio
+
         return asyncio.wrap_future(self._future).__await__()
 
     async def bound(self) -> T:
         """Wait for the result; cancelling the task that waits stops the job too."""
+        import asyncio
+
         try:
             return await self
         except asyncio.CancelledError:

@@ -12,7 +12,6 @@ import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
-import structlog
 from transitions.extensions.nesting import HierarchicalMachine, NestedState
 
 from .chart import CHART, Chart, Mode, Row, State, Trigger
@@ -183,4 +182,6 @@ class Lifecycle:
 
 
 def _log(event: str, /, *, level: str = "info", **facts: object) -> None:
+    import structlog  # late, as it brings asyncio, and rich where that is installed
+
     getattr(structlog.wrap_logger(_LOGGER), level)(event, **facts)
