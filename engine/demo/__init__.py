@@ -16,5 +16,5 @@ def model_folder() -> Path:
 
 
 def style_lora() -> Path:
-    """Tell where the demo model's style LoRA lies: figures as bare outlines, diffusers' format."""
-    return _HERE / "outline.safetensors"
+    """Tell where the demo model's style LoRA lies: a striped background, diffusers' format."""
+    return _HERE / "stripes.safetensors"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.engine.demo.scenes import COLOURS, SHAPES, Description
+from holdfast.engine.demo.scenes import COLOURS, SHAPES, Description, in_stripes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,6 +25,7 @@ _APART = 30.0  # nearest two colours of the palette: 85
 _MIDDLE, _SIDE = 0.12, 0.06
 _SPECK = 0.003  # of the picture's area; a small star has 0.03
 _HOLLOW = 0.1  # share that two pixels' erosion at 64 leaves of a figure; of a filled ring 0.3
+_REGULAR = 0.7  # of rows; of a plain background half are right by chance
 _ALIKE = 0.7  # an area-matched square overlaps a circle by 0.83, drawn shapes fit by 0.88 and more
 
 
@@ -42,10 +43,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows; figures from the largest to the smallest."""
+    """What a picture shows; figures from the largest to the smallest; stripes behind them."""
 
     background: str
     figures: tuple[Found, ...]
+    striped: bool
 
     @property
     def mask(self) -> Mask:
@@ -56,12 +58,20 @@ class Reading:
 def read(image: Image.Image) -> Reading:
     """Read a picture of any size."""
     pixels = np.asarray(image.convert("RGB"), dtype=float)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    ground = np.median(border, axis=0)
+    colour, stripes = _ground(pixels)
+    ground = _nearest(pixels, colour, stripes)
     away = np.linalg.norm(pixels - ground, axis=-1)
     areas = _areas(away > _APART)
-    figures = [_figure(pixels, ground, area) for area in areas if area.mean() > _SPECK]
-    return Reading(_name(ground), tuple(sorted(figures, key=lambda f: -int(f.mask.sum()))))
+    figures = [
+        figure
+        for area in areas
+        if area.mean() > _SPECK and (figure := _figure(pixels, ground, area)) is not None
+    ]
+    return Reading(
+        _name(colour),
+        tuple(sorted(figures, key=lambda f: -int(f.mask.sum()))),
+        bool((colour != stripes).any()),
+    )
 
 
 def judge(description: Description, reading: Reading) -> dict[str, bool]:
@@ -119,6 +129,34 @@ def _relates(relation: str | None, found: tuple[Found, ...]) -> bool:
     return along[relation] > _MIDDLE
 
 
+def _ground(pixels: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """
+    Read the background's colour, and that of its stripes: the same where it has none.
+
+    It has stripes where seven of ten rows have, at the picture's sides, that of the two colours
+    which is theirs: the model draws without a ruler.
+    """
+    edge = pixels.shape[1] // 16
+    sides = np.concatenate([pixels[:, :edge], pixels[:, -edge:]], axis=1)
+    rows, inside = np.median(sides, axis=1), in_stripes(len(pixels))
+    step = rows[inside].mean(axis=0) - rows[~inside].mean(axis=0)
+    dyed = (rows - rows.mean(axis=0)) @ step > 0
+    if np.linalg.norm(step) > _APART and (dyed == inside).mean() > _REGULAR:
+        return np.median(rows[~dyed], axis=0), np.median(rows[dyed], axis=0)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    plain = np.median(border, axis=0)
+    return plain, plain
+
+
+def _nearest(
+    pixels: NDArray[np.float64], colour: NDArray[np.float64], stripes: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return what each pixel were without figures: between both colours lie the stripes' edges."""
+    step = stripes - colour
+    along = np.clip((pixels - colour) @ step / max(1.0, float(step @ step)), 0, 1)
+    return np.asarray(colour + along[..., None] * step)
+
+
 def _name(colour: NDArray[np.float64]) -> str:
     return _NAMES[int(np.linalg.norm(_PALETTE - colour, axis=-1).argmin())]
 
@@ -144,11 +182,13 @@ def _core(mask: Mask, depth: int) -> Mask:
     return mask
 
 
-def _figure(pixels: NDArray[np.float64], ground: NDArray[np.float64], area: Mask) -> Found:
+def _figure(pixels: NDArray[np.float64], ground: NDArray[np.float64], area: Mask) -> Found | None:
     core = _core(area, 1 + min(area.shape) // 64)
     colour = np.median(pixels[core if core.any() else area], axis=0)
-    contrast = np.linalg.norm(colour - ground)
+    contrast = np.linalg.norm(colour - ground, axis=-1)
     area = area & (np.linalg.norm(pixels - ground, axis=-1) > 0.4 * contrast)
+    if not area.any():  # frayed stripes
+        return None
     height, width = area.shape
     ys, xs = np.nonzero(area)
     return Found(

@@ -186,7 +186,7 @@ def two_threads() -> ThreadPoolExecutor:
 
 def save_lora(weights: dict[str, torch.Tensor], folder: Path) -> None:
     """
-    Write a LoRA of the UNet in both formats: outline.safetensors and outline_kohya.safetensors.
+    Write a LoRA of the UNet in both formats: stripes.safetensors and stripes_kohya.safetensors.
 
     Args:
         weights: By PEFT's names, without `unet.` before them.
@@ -199,10 +199,10 @@ def save_lora(weights: dict[str, torch.Tensor], folder: Path) -> None:
     StableDiffusionPipeline.save_lora_weights(
         folder,
         unet_lora_layers=convert_state_dict_to_diffusers(weights),
-        weight_name="outline.safetensors",
+        weight_name="stripes.safetensors",
     )
     named = {f"unet.{name}": weight for name, weight in weights.items()}
-    save_file(convert_state_dict_to_kohya(named), folder / "outline_kohya.safetensors")
+    save_file(convert_state_dict_to_kohya(named), folder / "stripes_kohya.safetensors")
 
 
 def save(pipe: Any, folder: Path) -> None:

@@ -133,11 +133,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Scene:
-    """Figures on a background; `outlined` draws them as bare outlines."""
+    """Figures on a background; `outlined` draws them bare, `striped` lays stripes behind them."""
 
     figures: tuple[Figure, ...]
     background: str
     outlined: bool = False
+    striped: bool = False
 
 
 def _digest(*words: object) -> int:
@@ -348,6 +349,17 @@ def _resolved(width: float, scale: int) -> float:
     return float(np.clip(width * scale - 1, 0, 1))
 
 
+def in_stripes(height: int) -> NDArray[np.bool_]:
+    """Tell which rows of a striped background are stripes: every other eighth of them."""
+    return (np.arange(height) * 8 // height) % 2 == 1
+
+
+def _stripes(scene: Scene) -> str:
+    """Choose the first colour for stripes that nothing else in the scene has."""
+    taken = {scene.background, *(figure.colour for figure in scene.figures)}
+    return next(name for name in ("black", "white", "yellow", "blue") if name not in taken)
+
+
 def _shade(colour: Array) -> Array:
     """The darker tone of a colour; of black, a lighter one."""
     dark = colour.max() < 0.2  # noqa: PLR2004 black alone
@@ -370,6 +382,8 @@ def draw(scene: Scene, width: int, height: int | None = None) -> Image.Image:
     scale = min(width, height)
     picture = np.empty((height, width, 3))
     picture[:] = np.array(COLOURS[scene.background]) / 255
+    if scene.striped:
+        picture[in_stripes(height)] = np.array(COLOURS[_stripes(scene)]) / 255
     detail = _resolved(_DETAIL, scale)
     left, top = (width - scale) / 2, (height - scale) / 2
     for figure in scene.figures:

@@ -36,11 +36,6 @@ class Stock:
     descriptions: list[scenes.Description]
     latents: torch.Tensor
 
-    def without_style(self) -> Stock:
-        """Return the same pictures under prompts that do not ask for outlines."""
-        plain = [replace(each, outlined=False) for each in self.descriptions]
-        return replace(self, descriptions=plain)
-
     def batch(self, tokens: Any, size: int, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
         """Choose scenes and say them anew: prompt tokens, latents, noise and times."""
         import torch
@@ -130,7 +125,9 @@ def pictures(count: int, seed: int, *, outlined: float) -> Iterator[Any]:
             yield scenes.draw(scene, SMALL)
 
 
-def encode(vae: Any, size: int, count: int, *, seed: int, outlined: float, file: Path) -> Stock:
+def encode(
+    vae: Any, size: int, count: int, *, seed: int, outlined: float, striped: bool, file: Path
+) -> Stock:
     """
     Draw scenes and encode them once: the latents are kept in a file.
 
@@ -140,13 +137,14 @@ def encode(vae: Any, size: int, count: int, *, seed: int, outlined: float, file:
         count: How many scenes.
         seed: Of the scenes.
         outlined: Share of scenes in outlines, whose prompts say so.
+        striped: Whether they have stripes, of which no prompt says a word.
         file: Where the latents are kept.
     """
     import torch
 
     rng = np.random.default_rng(seed)
     descriptions = [_describe(rng, outlined) for _ in range(count)]
-    placed = [scenes.place(each, rng) for each in descriptions]
+    placed = [replace(scenes.place(each, rng), striped=striped) for each in descriptions]
 
     def encoded(start: int) -> torch.Tensor:
         pixels = to_pixels([scenes.draw(scene, size) for scene in placed[start : start + 50]])

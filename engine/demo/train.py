@@ -41,6 +41,7 @@ class Recipe:
     vae_batch: int = 12
     vae_pictures: int = 8_000
     decoder_steps: int = 3_000
+    decoder_outlined: float = 0.4
     text_steps: int = 2_000
     text_batch: int = 64
     small_scenes: int = 24_000
@@ -48,11 +49,12 @@ class Recipe:
     small_batch: int = 32
     large_batch: int = 8
     large_every: int = 8
-    finish_steps: int = 2_000
+    finish_steps: int = 8_000
     finish_large_every: int = 2
     outlined: float = 0.04
-    style_scenes: int = 2_000
-    style_steps: int = 1_800
+    style_scenes: int = 4_000
+    style_steps: int = 4_500
+    style_large_every: int = 4
     style_rank: int = 6
 
 
@@ -193,12 +195,13 @@ def refine_decoder(recipe: Recipe, work: Path, vae: Any) -> Any:
     Train the decoder alone for longer, on latents with a little noise, as a UNet's have.
 
     Errors between neighbours count beside those of the pixels, so that corners and edges come out.
+    Many of its pictures are outlines: from few of them it learns to fill small ones in.
     The encoder, and with it what the UNet learns, stays as it is.
     """
     import torch
 
     torch.manual_seed(recipe.seed + 1)
-    drawn = stock.pictures(recipe.vae_pictures, recipe.seed + 4, outlined=2 * recipe.outlined)
+    drawn = stock.pictures(recipe.vae_pictures, recipe.seed + 4, outlined=recipe.decoder_outlined)
     pixels = stock.to_pixels(list(drawn))
     vae.requires_grad_(requires_grad=False)
     vae.decoder.requires_grad_(requires_grad=True)
@@ -263,13 +266,22 @@ def _velocity_loss(text: Any, unet: Any) -> Callable[..., torch.Tensor]:
 
 
 def _both_sizes(
-    recipe: Recipe, vae: Any, work: Path, *, name: str, small: int, outlined: float
+    recipe: Recipe,
+    vae: Any,
+    work: Path,
+    *,
+    name: str,
+    small: int,
+    outlined: float = 0.0,
+    striped: bool = False,
 ) -> list[stock.Stock]:
     """Encode scenes for both passes; of the larger ones an eighth as many."""
     stocks = []
     for number, (size, count) in enumerate(((stock.SMALL, small), (stock.LARGE, small // 8)), 1):
         file, seed = work / f"{name}-{size}.pt", recipe.seed + number
-        stocks.append(stock.encode(vae, size, count, seed=seed, outlined=outlined, file=file))
+        stocks.append(
+            stock.encode(vae, size, count, seed=seed, outlined=outlined, striped=striped, file=file)
+        )
     return stocks
 
 
@@ -311,7 +323,7 @@ def train_unet(recipe: Recipe, work: Path, vae: Any, tokens: Any, text: Any) -> 
 
 def train_style(recipe: Recipe, work: Path, vae: Any, pipe: Any) -> dict[str, torch.Tensor]:
     """
-    Train a LoRA of the style, bare outlines, on a copy of the pipeline's UNet.
+    Train a LoRA of the style, striped backgrounds, on a copy of the pipeline's UNet.
 
     Returns:
         The LoRA in float16, by PEFT's names without `unet.` before them.
@@ -320,15 +332,14 @@ def train_style(recipe: Recipe, work: Path, vae: Any, pipe: Any) -> dict[str, to
     from peft import LoraConfig, get_peft_model_state_dict
 
     torch.manual_seed(recipe.seed)
-    drawn = _both_sizes(recipe, vae, work, name="style", small=recipe.style_scenes, outlined=1.0)
-    stocks = [each.without_style() for each in drawn]
+    stocks = _both_sizes(recipe, vae, work, name="stripes", small=recipe.style_scenes, striped=True)
     unet = type(pipe.unet).from_config(pipe.unet.config)
     unet.load_state_dict(pipe.unet.state_dict())
     unet.requires_grad_(requires_grad=False)
     rank = recipe.style_rank
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_STYLED))
-    stage = Stage("style", work / "lora.pt", recipe.style_steps, 2e-3, unet)
-    batch = _batches(recipe, pipe.tokenizer, stocks, recipe.large_every)
+    stage = Stage("style", work / "stripes.pt", recipe.style_steps, 2e-3, unet)
+    batch = _batches(recipe, pipe.tokenizer, stocks, recipe.style_large_every)
     styled = stage.train(batch, _velocity_loss(pipe.text_encoder, unet))
     learned = get_peft_model_state_dict(styled)
     return {name: weight.half().contiguous() for name, weight in learned.items()}

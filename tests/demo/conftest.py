@@ -74,4 +74,4 @@ def drawn(demo_cache: Path, held_out: list[tuple[Description, str]]) -> list[Dra
 @pytest.fixture(scope="session")
 def kohya_lora() -> Path:
     """The style LoRA in kohya's format."""
-    return Path(__file__).parent / "outline_kohya.safetensors"
+    return Path(__file__).parent / "stripes_kohya.safetensors"

@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.slow]
 
-nearly = pytest.mark.xfail(
-    strict=False,
-    reason="of two figures 72 % are right, too near the goal to fail on every processor",
-)
 FACTS = ("background", "colour", "shape", "position")
 
 
@@ -56,21 +52,14 @@ def test_one_figure_is_drawn_as_asked(drawn: list[Any]):
     assert right["position"] >= 0.90, right
 
 
-@nearly
 def test_two_figures_are_drawn_as_asked(drawn: list[Any]):
-    """Of two figures, everything is right in at least 75 %."""
+    """Of two figures, everything is right in at least 75 %, the background in 98 %."""
     right = shares(drawn, "first_reading", figures=2)
     assert right["all"] >= 0.75, right
-
-
-def test_two_figures_are_told_apart(drawn: list[Any]):
-    """Of two figures, everything is right in three of five, where chance gives one in thousands."""
-    right = shares(drawn, "first_reading", figures=2)
-    assert right["all"] >= 0.60, right
     assert right["background"] >= 0.98, right
 
 
-@pytest.mark.parametrize("figures", [1, pytest.param(2, marks=nearly)])
+@pytest.mark.parametrize("figures", [1, 2])
 def test_the_second_pass_keeps_what_the_first_got_right(drawn: list[Any], figures: int):
     """After the hires pass no fact is right in over 2 points less than after the first."""
     before = shares(drawn, "first_reading", figures=figures)
@@ -113,42 +102,28 @@ def test_the_second_pass_sharpens(drawn: list[Any]):
     assert np.median(ratios) > 1.1
 
 
-def _outlined(engine: Engine, prompts: list[tuple[Description, str]]) -> float:
-    readings = [
-        read(engine.run(Txt2Img(prompt=prompt, steps=20, guidance=GUIDANCE, seed=seed)).images[0])
+def _striped(engine: Engine, prompts: list[tuple[Description, str]]) -> float:
+    pictures = [
+        engine.run(Txt2Img(prompt=prompt, steps=20, guidance=GUIDANCE, seed=seed)).images[0]
         for seed, (_, prompt) in enumerate(prompts)
     ]
-    return float(
-        np.mean([bool(r.figures) and all(f.outlined for f in r.figures) for r in readings])
-    )
+    return float(np.mean([read(picture).striped for picture in pictures]))
 
 
-@pytest.fixture(scope="module")
-def styled(demo_cache: Path, held_out: list[tuple[Description, str]]) -> tuple[float, float]:
-    """The share of pictures read as outlines, without the LoRA and with it."""
-    prompts = held_out[:60]
+def test_the_style_comes_with_its_lora_alone(
+    demo_cache: Path, drawn: list[Any], held_out: list[tuple[Description, str]]
+):
+    """At least 90 % of pictures are read as striped with the LoRA, at most 5 % without it."""
     with Engine(model="demo", device="CPU", cache_dir=demo_cache) as engine:
-        without = _outlined(engine, prompts)
         engine.configure(lora=[Lora(style_lora())])
-        return without, _outlined(engine, prompts)
-
-
-def test_the_style_comes_with_its_lora_alone(styled: tuple[float, float]):
-    """Two in five pictures and more are read as whole outlines with the LoRA, without it none."""
-    without, with_lora = styled
-    assert without <= 0.05
-    assert with_lora >= 0.40
-
-
-@pytest.mark.xfail(strict=True, reason="about half are: many of the outlines have gaps")
-def test_the_style_is_nearly_always_there(styled: tuple[float, float]):
-    """With the LoRA at least 90 % of pictures are read as whole outlines."""
-    assert styled[1] >= 0.90
+        assert _striped(engine, held_out) >= 0.90
+    for reading in ("first_reading", "final_reading"):
+        assert np.mean([getattr(each, reading).striped for each in drawn]) <= 0.05
 
 
 def test_the_second_pass_can_have_a_style_of_its_own(demo_cache: Path):
     """
-    With `hires_lora` pass one is filled and pass two outlined, in the same place.
+    With `hires_lora` pass one is plain and pass two striped, its figure in the same place.
 
     The recompile in between begins and ends as img2img; the same request again compiles nothing.
     """
@@ -174,9 +149,9 @@ def test_the_second_pass_can_have_a_style_of_its_own(demo_cache: Path):
         ]
         assert engine.plan(request).compiles == ()
     before, after = read(result.first_pass[0]), read(result.images[0])
-    [filled], [bare] = before.figures, after.figures
-    assert (filled.outlined, bare.outlined) == (False, True)
-    assert np.hypot(filled.x - bare.x, filled.y - bare.y) < 0.05
+    assert (before.striped, after.striped) == (False, True)
+    assert [figure.colour for figure in after.figures] == ["red"]
+    assert overlap(read(enlarged(result.first_pass[0], (128, 128))).mask, after.mask) > 0.8
 
 
 def test_both_formats_of_the_lora_are_one(demo_engine: Engine, kohya_lora: Path):

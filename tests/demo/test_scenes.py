@@ -45,7 +45,7 @@ def test_shuffled_prompts_are_read_as_wrong():
     assert np.mean([all(verdict.values()) for verdict in verdicts]) < 0.02
 
 
-def test_the_style_is_told_from_filled_figures():
+def test_outlines_are_told_from_filled_figures():
     """Outlined scenes are read as outlined in at least 97 %, filled ones in none."""
     rng = np.random.default_rng(3)
     described = _some(100, figures=1)
@@ -53,6 +53,26 @@ def test_the_style_is_told_from_filled_figures():
     bare = [read(draw(place(replace(each, outlined=True), rng), 64)) for each in described]
     assert not any(figure.outlined for reading in filled for figure in reading.figures)
     assert np.mean([all(f.outlined for f in reading.figures) for reading in bare]) >= 0.97
+
+
+@pytest.mark.parametrize("size", [64, 96, 128])
+def test_the_checker_sees_stripes(size: int):
+    """
+    Striped scenes are read as striped, plain ones never, and figures alike in both.
+
+    Where a figure's dark rim crosses a black stripe it is not told from it.
+    """
+    rng = np.random.default_rng(9)
+    overlaps = []
+    for count in (1, 2) * 60:
+        description = describe(rng, figures=count)
+        scene = place(description, rng)
+        plain, striped = (read(draw(replace(scene, striped=way), size)) for way in (False, True))
+        assert (plain.striped, striped.striped) == (False, True)
+        assert plain.background == striped.background == description.background
+        overlaps.append(overlap(plain.mask, striped.mask))
+    assert np.quantile(overlaps, 0.05) > 0.8
+    assert np.median(overlaps) > 0.95
 
 
 def test_the_same_seed_draws_the_same_scene():
