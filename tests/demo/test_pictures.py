@@ -80,9 +80,9 @@ def test_the_second_pass_keeps_the_figures_in_place(drawn: list[Any]):
 
 
 def test_a_second_pass_from_noise_would_be_seen(demo_engine: Engine, drawn: list[Any]):
-    """Made from noise by another seed, large figures overlap the first pass under 0.6."""
+    """Made from noise by another seed, figures overlap the first pass under 0.6."""
     overlaps = []
-    for each in drawn[:30]:
+    for each in drawn[::3]:
         wrong = demo_engine.run(
             Txt2Img(
                 prompt=each.prompt, width=128, height=128, guidance=GUIDANCE, seed=each.seed + 999
