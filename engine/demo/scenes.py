@@ -351,7 +351,7 @@ def _resolved(width: float, scale: int) -> float:
 
 def in_stripes(height: int) -> NDArray[np.bool_]:
     """Tell which rows of a striped background are stripes: every other eighth of them."""
-    return (np.arange(height) * 8 // height) % 2 == 1
+    return np.asarray((np.arange(height) * 8 // height) % 2 == 1)
 
 
 def _stripes(scene: Scene) -> str:
