@@ -24,20 +24,16 @@ PATIENCE = 600.0
 
 class Halt:
     """
-    Holds every job after some steps of each pass, until the test has seen it or it is to stop.
+    Holds every job after five steps of each pass, until the test has seen it or it is to stop.
 
     Else a fast machine is through before a host has looked once.
-
-    Args:
-        step: After which one.
     """
 
-    def __init__(self, step: int) -> None:
-        self._step = step
+    def __init__(self) -> None:
         self._seen = {1: threading.Event(), 2: threading.Event()}
 
     def hold(self, job: Job[Any], pass_number: int | None, step: int | None) -> None:
-        if pass_number is None or step != self._step:
+        if pass_number is None or step != 5:
             return
         while job.status != "cancelling" and not self._seen[pass_number].wait(0.01):
             pass
@@ -49,8 +45,8 @@ class Halt:
 
 @pytest.fixture
 def halt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Halt]:
-    """Holds jobs after five steps of each pass."""
-    halt, advance = Halt(5), Job.advance
+    """Holds jobs on the way."""
+    halt, advance = Halt(), Job.advance
 
     def advance_and_halt(job: Job[Any], *phase: Any, **facts: Any) -> None:
         advance(job, *phase, **facts)
