@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from holdfast.engine.devices import PRECISION, is_physical
-from holdfast.engine.errors import CompileError, HoldfastError
+from holdfast.engine.devices import PRECISION, in_force, is_physical
+from holdfast.engine.errors import CompileError
 from holdfast.engine.families import accept_fractional_timesteps
+from holdfast.engine.faults import compile_errors, last_line
 from holdfast.engine.heartbeat import heartbeat
 from holdfast.engine.imports import runtime
 from holdfast.engine.keys import DYNAMIC, ComponentKey, GraphKey
@@ -118,7 +119,7 @@ class Compiler:
         self._sources: dict[str, Source] = {}
         self._sizes: dict[tuple[Path, int], int] = {}
         self._graphs: dict[GraphKey, ov.Model] = {}
-        self._holds: dict[GraphKey, contextlib.ExitStack] = {}
+        self._holds = cache.holds()
 
     @property
     def graphs(self) -> frozenset[GraphKey]:
@@ -131,7 +132,7 @@ class Compiler:
 
     def is_absent(self, key: ComponentKey) -> bool:
         """Tell whether a component's graph must be quantized before it can be read."""
-        if key.quantization == "none":
+        if not _is_cached(key.graph):
             return False
         return not key.is_seen or not self._file(key.graph).is_file()
 
@@ -218,14 +219,12 @@ class Compiler:
     def forget(self, sources: frozenset[str] = frozenset()) -> None:
         """Give up every graph of a source that is not among `sources`."""
         self._graphs = {key: g for key, g in self._graphs.items() if key.source in sources}
-        for graph in [key for key in self._holds if key.source not in sources]:
-            self._holds.pop(graph).close()
+        self._holds.keep(self._file(key).parent for key in self._graphs if _is_cached(key))
 
     def _hold(self, graph: GraphKey) -> None:
-        """Keep a quantized graph, which is of the cache, from being pruned until `forget`."""
-        if graph.quantization != "none" and graph not in self._holds:
-            hold = self._holds[graph] = contextlib.ExitStack()
-            hold.enter_context(self._cache.hold(self._file(graph).parent))
+        """Keep a graph that is of the cache from being pruned until `forget`."""
+        if _is_cached(graph):
+            self._holds.add(self._file(graph).parent)
 
     def _graph(self, key: ComponentKey) -> ov.Model:
         if key.graph not in self._graphs:
@@ -273,8 +272,8 @@ class Compiler:
                 key,
                 compiled,
                 self.bytes(key),
-                _in_force(compiled, PRECISION),
-                _in_force(compiled, "EXECUTION_DEVICES"),
+                in_force(compiled, PRECISION),
+                in_force(compiled, "EXECUTION_DEVICES"),
             )
             learned.update(
                 device=component.device,
@@ -290,14 +289,14 @@ class Compiler:
         properties = dict(key.properties)
         if not self._blobs_for(key.device):
             compiled = self.core.compile_model(graph, key.device, properties)
-            return compiled, _in_force(compiled, "LOADED_FROM_CACHE") == "True"
+            return compiled, in_force(compiled, "LOADED_FROM_CACHE") == "True"
         name = self._blob_name(key)
         blob = self._cache.read_blob(name)
         if blob is not None:
             try:
                 return self.core.import_model(blob, key.device, properties), True
             except RuntimeError as error:
-                self._cache.drop_blob(name, f"OpenVINO refused it: {_last_line(error)}")
+                self._cache.drop_blob(name, f"OpenVINO refused it: {last_line(error)}")
         compiled = self.core.compile_model(graph, key.device, properties)
         try:
             self._cache.write_blob(name, compiled.export_model().getvalue())
@@ -336,7 +335,7 @@ class Compiler:
                 raise CompileError(msg, component=key.component, key=key.digest)
 
     def _file(self, graph: GraphKey) -> Path:
-        if graph.quantization == "none":
+        if not _is_cached(graph):
             source = self._sources[graph.source]
             return source.folder.component_path(source.component)
         return quantized_graph(*self._recipe(graph), self._cache.root)
@@ -363,25 +362,9 @@ class Compiler:
         )
 
 
-@contextlib.contextmanager
-def compile_errors(key: ComponentKey) -> Iterator[None]:
-    """Turn whatever is raised inside into a `CompileError` that names component, key and cause."""
-    try:
-        yield
-    except HoldfastError:
-        raise
-    except Exception as error:
-        msg = (
-            f"{key.component} (key {key.digest}) was to be put in service on {key.device}, but "
-            f"that failed: {_last_line(error)}."
-        )
-        raise CompileError(msg, component=key.component, key=key.digest) from error
-
-
-def _last_line(error: Exception) -> str:
-    """Return what OpenVINO has to say; the lines before it name its source files."""
-    text = str(error).strip()
-    return text.splitlines()[-1].rstrip(".") if text else type(error).__name__
+def _is_cached(graph: GraphKey) -> bool:
+    """Whether it lies in the cache, and not in the model's own folder."""
+    return graph.quantization != "none"
 
 
 def _bucket(key: ComponentKey) -> str:
@@ -415,20 +398,3 @@ def _probe_shapes(compiled: ov.CompiledModel, side: int) -> Iterator[tuple[Any, 
                 for axis, dim in enumerate(shape)
             ],
         )
-
-
-def _in_force(compiled: ov.CompiledModel, name: str) -> str:
-    """Read a property back; a virtual device such as AUTO knows it only of those beneath it."""
-    try:
-        value = compiled.get_property(name)
-    except RuntimeError:
-        beneath = compiled.get_property("DEVICE_PROPERTIES")
-        values = (_plain(each[name]) for each in beneath.values() if name in each)
-        return ",".join(dict.fromkeys(values)) or "unknown"
-    return _plain(value)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return value.get_type_name() if hasattr(value, "get_type_name") else str(value)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from holdfast.engine.compiler import Compiler, Component, compile_errors
-from holdfast.engine.errors import let_go
+from holdfast.engine.compiler import Compiler, Component
+from holdfast.engine.faults import compile_errors, let_go
 from holdfast.engine.plan import Step
 
 if TYPE_CHECKING:

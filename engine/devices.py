@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from holdfast.engine.errors import InvalidRequest
 
@@ -107,6 +107,17 @@ def wants_static_shapes(config: EngineConfig, denoiser: str, core: ov.Core) -> b
     return any(one != "CPU" for one in physical_devices(core, config.device_of(denoiser)))
 
 
+def in_force(compiled: ov.CompiledModel, name: str) -> str:
+    """Read a property back; a virtual device such as AUTO knows it only of those beneath it."""
+    try:
+        value = compiled.get_property(name)
+    except RuntimeError:
+        beneath = compiled.get_property("DEVICE_PROPERTIES")
+        values = (_plain(each[name]) for each in beneath.values() if name in each)
+        return ",".join(dict.fromkeys(values)) or "unknown"
+    return _plain(value)
+
+
 def _default_precision(core: ov.Core, device: str) -> str:
     default: ov.Type = core.get_property(device, PRECISION)
     return str(default.to_string())
@@ -116,3 +127,9 @@ def _text(value: object) -> str:
     if isinstance(value, bool):
         return "YES" if value else "NO"
     return str(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return value.get_type_name() if hasattr(value, "get_type_name") else str(value)

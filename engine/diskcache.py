@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from holdfast.engine.jobs import heed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from holdfast.states import Emit
 
@@ -104,6 +104,10 @@ class DiskCache:
                 lock.release()
                 _unlink(lock)
 
+    def holds(self) -> Holds:
+        """Return an empty set of entries to `hold`."""
+        return Holds(self)
+
     def prune(self) -> None:
         """Remove leftovers of killed processes and, above the limit, the least recently used."""
         with self._bookkeeping():
@@ -141,6 +145,33 @@ class DiskCache:
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(self.root / "bookkeeping.lock"):
             yield
+
+
+class Holds:
+    """
+    The entries of a cache that one holder keeps from being pruned.
+
+    Args:
+        cache: That they are of.
+    """
+
+    def __init__(self, cache: DiskCache) -> None:
+        self._cache = cache
+        self._held: dict[Path, contextlib.ExitStack] = {}
+
+    def __contains__(self, entry: Path) -> bool:
+        return entry in self._held
+
+    def add(self, entry: Path) -> None:
+        """Hold `entry` too, until `keep`."""
+        if entry not in self._held:
+            hold = self._held[entry] = contextlib.ExitStack()
+            hold.enter_context(self._cache.hold(entry))
+
+    def keep(self, entries: Iterable[Path]) -> None:
+        """Let go of all others."""
+        for entry in self._held.keys() - set(entries):
+            self._held.pop(entry).close()
 
 
 class Cost(msgspec.Struct, frozen=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from typing import TYPE_CHECKING
 
 from holdfast.states.errors import HoldfastError, IllegalTransition
@@ -23,7 +22,6 @@ __all__ = [
     "LoraError",
     "ModelSourceError",
     "QueueFull",
-    "let_go",
 ]
 
 
@@ -91,15 +89,3 @@ class QueueFull(HoldfastError):  # noqa: N818 - the name is part of the public c
 
 class EngineClosed(HoldfastError):  # noqa: N818 - the name is part of the public contract
     """The engine was closed. Open another one."""
-
-
-def let_go(error: BaseException) -> None:
-    """Empty the frames behind an error: they would keep compiled models alive with it."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        one = pending.pop()
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            traceback.clear_frames(one.__traceback__)
-            pending += (one.__cause__, one.__context__)

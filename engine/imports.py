@@ -47,7 +47,8 @@ def tokenizing(emit: Emit | None = None) -> None:
     Import ``transformers`` as far as CLIP's tokenizer needs it (2 s at first), as `heavy` does.
 
     Prompts are checked before anything is compiled, and so before the rest can be imported beside
-    a compile. The classes that find the right tokenizer by themselves would take twice as long.
+    a compile; with some models that needs this much. The classes that find the right tokenizer by
+    themselves would take twice as long.
 
     Args:
         emit: See `heavy`.

@@ -12,7 +12,8 @@ from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from holdfast.engine.errors import Cancelled, HoldfastError, let_go
+from holdfast.engine.errors import Cancelled, HoldfastError
+from holdfast.engine.faults import let_go
 from holdfast.engine.progress import Course, Progress
 
 if TYPE_CHECKING:

@@ -85,18 +85,28 @@ class Model:
             return 2 * self.scale.multiple // self.scale.factor
         return 8 * self.scale.factor if component == VAE_ENCODER else 8
 
+    @property
+    def tokenizer_names(self) -> tuple[str, ...]:
+        """The names that its tokenizers have in the pipeline."""
+        index = self.folder.config
+        return tuple(
+            name
+            for name in sorted(index)
+            if name.startswith("tokenizer") and index[name][0] is not None
+        )
+
     def tokenizers(self) -> dict[str, Any]:
-        """Return the tokenizers by their names in the pipeline; read once."""
+        """Return transformers' tokenizers by their names in the pipeline; read once."""
         if not self._tokenizers:
             tokenizing()
             import transformers
 
-            index = self.folder.config
             with quiet():
                 self._tokenizers = {
-                    name: getattr(transformers, index[name][1]).from_pretrained(self.parts / name)
-                    for name in sorted(index)
-                    if name.startswith("tokenizer") and index[name][0] is not None
+                    name: getattr(transformers, self.folder.config[name][1]).from_pretrained(
+                        self.parts / name
+                    )
+                    for name in self.tokenizer_names
                 }
         return self._tokenizers
 

@@ -1,4 +1,4 @@
-"""One denoising pass, and what lies around it: the prompt's embeddings, and the VAE both ways."""
+"""One denoising pass, and the VAE both ways."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from holdfast.engine.errors import GenerationError, HoldfastError
+from holdfast.engine.errors import GenerationError
 from holdfast.engine.families import VAE_DECODER, VAE_ENCODER, Geometry
+from holdfast.engine.faults import generation_errors
 from holdfast.engine.images import digest
 from holdfast.engine.imports import quiet
 from holdfast.engine.schedulers import schedule_length
@@ -149,7 +150,7 @@ def run_pass(
     with (
         emit.scope(**{"pass": spec.number}, mode=str(spec.mode)),
         emit.span("pass", **_facts(spec, view, source)) as learned,
-        _native("denoise"),
+        generation_errors("denoise"),
     ):
         for seeds in chunks:
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -223,89 +224,6 @@ def _facts(spec: PassSpec, view: View, source: Source | None) -> dict[str, Any]:
     }
 
 
-class _native:  # noqa: N801 - reads as a statement
-    """Turn what diffusers, optimum or OpenVINO raise into a `GenerationError`."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, HoldfastError):
-            msg = (
-                f"The pipeline failed while it was to {self._what}: {type(error).__name__}: "
-                f"{str(error).strip()[:300]}. The components stay in service; the engine can be "
-                "used on. Try a smaller size, or see `holdfast doctor`."
-            )
-            raise GenerationError(msg) from error
-
-
-class Prompts:
-    """
-    Encodes prompts, and keeps the last few.
-
-    Args:
-        limit: How many are kept.
-    """
-
-    def __init__(self, limit: int = 16) -> None:
-        self._limit = limit
-        self._known: dict[tuple[object, ...], dict[str, torch.Tensor]] = {}
-
-    def encode(
-        self, spec: PassSpec, view: View, model: Model
-    ) -> tuple[bool, dict[str, torch.Tensor]]:
-        """
-        Return whether a text encoder ran, and the embeddings by the pipeline's argument names.
-
-        Args:
-            spec: Has prompt and negative prompt, and says whether guidance needs the latter.
-            view: Its text encoders run, unless they have seen this prompt lately.
-            model: Names what ``encode_prompt`` returns.
-
-        Raises:
-            GenerationError: A text encoder failed.
-        """
-        family = model.family
-        guided = spec.geometry.guided and not family.guided_by_embedding
-        encoders = tuple(view.components[name].key for name in family.text_encoders)
-        key = (encoders, spec.prompt, spec.negative_prompt if guided else None)
-        fresh = key not in self._known
-        if fresh:
-            with _native("encode the prompt"), quiet():
-                rows = view.pipeline.encode_prompt(
-                    prompt=spec.prompt,
-                    device=view.pipeline.device,
-                    num_images_per_prompt=1,
-                    do_classifier_free_guidance=guided,
-                    # Some families encode no negative prompt otherwise than an empty one.
-                    negative_prompt=spec.negative_prompt or None,
-                )
-            named = zip(family.prompt_outputs, rows, strict=True)
-            self._known[key] = {name: row for name, row in named if row is not None}
-        self._known[key] = self._known.pop(key)
-        while len(self._known) > self._limit:
-            del self._known[next(iter(self._known))]
-        return fresh, self._known[key]
-
-    def clear(self) -> None:
-        """Forget them all."""
-        self._known.clear()
-
-
-def cut_words(prompt: str, model: Model) -> str:
-    """Return the end of a prompt that the text encoders would not see; empty if they see it all."""
-    cut = ""
-    for tokenizer in model.tokenizers().values():
-        limit = tokenizer.model_max_length - 2
-        with quiet():
-            tokens = tokenizer(prompt, add_special_tokens=False, truncation=False).input_ids
-        tail = tokenizer.decode(tokens[limit:]) if len(tokens) > limit else ""
-        cut = max(cut, tail.strip(), key=len)
-    return cut
-
-
 def decode_latents(view: View, latents: torch.Tensor) -> torch.Tensor:
     """Turn latents (1, C, h, w) as the denoiser sees them into pixels (1, 3, H, W) in -1 to 1."""
     import torch
@@ -339,7 +257,7 @@ def decode(latents: torch.Tensor, view: View) -> Image.Image:
     Raises:
         GenerationError: The VAE decoder failed.
     """
-    with _native("decode latents"), quiet():
+    with generation_errors("decode latents"), quiet():
         pixels = decode_latents(view, latents)
         images: list[Image.Image] = view.pipeline.image_processor.postprocess(pixels)
     view.relax()
@@ -360,7 +278,7 @@ def encode(image: Image.Image, generator: torch.Generator, view: View) -> torch.
     """
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-    with _native("encode the image"), quiet():
+    with generation_errors("encode the image"), quiet():
         moments = encode_pixels(view, view.pipeline.image_processor.preprocess(image))
         drawn = DiagonalGaussianDistribution(moments).sample(generator)
         latents: torch.Tensor = drawn * view.pipeline.vae.config.scaling_factor

@@ -13,13 +13,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from holdfast.engine.components import ComponentStore
-from holdfast.engine.errors import (
-    CompileError,
-    GenerationError,
-    HoldfastError,
-    InvalidRequest,
-    let_go,
-)
+from holdfast.engine.errors import CompileError, GenerationError, HoldfastError, InvalidRequest
+from holdfast.engine.faults import blamed, let_go, move_error, named
 from holdfast.engine.imports import begin_heavy
 from holdfast.engine.memory import budget_bytes, resident_bytes
 from holdfast.engine.plan import Cost, Move, Plan, Stage, Standing, Step, plan, plan_again
@@ -190,7 +185,7 @@ class CompiledPipeline:
             self.store.serve(move.service, self.store.stage(move))
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is undone and goes on
             given_up = self._roll_back(move, before, error)
-            raise _told(error, move, given_up=given_up) from error.__cause__
+            raise move_error(error, move, given_up=given_up) from error.__cause__
         if move.action != "reuse":
             self._fire(_TRIGGERS[move.action](move.mode), move.reason)
             self.store.done.append(Step(move.action, str(move.mode)))
@@ -377,7 +372,7 @@ class CompiledPipeline:
         """Put back what served before a move, and return whether some had been given up."""
         given_up = [key.digest for key in before.values() if key not in self.store.held]
         if move.action == "recompile":
-            self._emit("recompile.failed", error=_named(error), given_up=given_up)
+            self._emit("recompile.failed", error=named(error), given_up=given_up)
         job, self._job = self._job, None  # a cancelled job must not stop its own rolling back
         try:
             self.store.restore(before)
@@ -391,12 +386,12 @@ class CompiledPipeline:
                 f"again failed too ({second}). Nothing is in service any more: the engine is "
                 "unloaded. Load it again once the cause is gone."
             )
-            component, key = _blamed(second, move)
+            component, key = blamed(second, move)
             raise CompileError(msg, component=component, key=key) from error
         finally:
             self._job = job
         if move.action == "recompile":
-            self._fire(Trigger.RECOMPILE_ROLLED_BACK, _named(error))
+            self._fire(Trigger.RECOMPILE_ROLLED_BACK, named(error))
         return bool(given_up)
 
     def _fire(self, trigger: Trigger, reason: str) -> None:
@@ -412,34 +407,3 @@ _TRIGGERS: Mapping[Action, Callable[[Mode], Trigger]] = {
     "switch": Trigger.switch,
     "recompile": lambda _: Trigger.RECOMPILED,
 }
-
-
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _told(error: BaseException, move: Move, *, given_up: bool) -> BaseException:
-    """Return a failed move's error as the host gets it: it says what is in service."""
-    ours = isinstance(error, HoldfastError) and not isinstance(error, CompileError)
-    if ours or not isinstance(error, Exception):
-        return error
-    if move.action == "load":
-        now = "Nothing is in service; load again once the cause is gone."
-    elif given_up:
-        now = (
-            "What served before had been given up, was compiled again and is in service. Change "
-            "the setting back, or see `holdfast doctor`."
-        )
-    else:
-        now = "What served before still does. Change the setting back, or see `holdfast doctor`."
-    component, key = _blamed(error, move)
-    text = str(error) if isinstance(error, CompileError) else f"{_named(error)}."
-    return CompileError(f"{text} {now}", component=component, key=key)
-
-
-def _blamed(error: BaseException, move: Move) -> tuple[str, str]:
-    """Return the component and key that an error names, or else those that were being made."""
-    if isinstance(error, CompileError):
-        return error.component, error.key
-    made = [step for step in move.steps if step.action == "compile"] or move.steps
-    return ", ".join(step.subject for step in made), ", ".join(step.key for step in made)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.engine.families import VAE_DECODER, VAE_ENCODER
 from holdfast.engine.images import digest, text_digest
-from holdfast.engine.passes import PassSpec, Prompts, Source, decode, encode, run_pass
+from holdfast.engine.passes import PassSpec, Source, decode, encode, run_pass
 from holdfast.engine.result import Degradation
 from holdfast.engine.upscale import UPSCALERS, upscale_image, upscale_latents
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from holdfast.engine.passes import StepHook
     from holdfast.engine.pipeline import CompiledPipeline
     from holdfast.engine.plan import Plan
+    from holdfast.engine.prompts import Prompts
     from holdfast.engine.views import View
 
 

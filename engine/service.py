@@ -19,8 +19,9 @@ from holdfast.engine.images import digest
 from holdfast.engine.imports import runtime
 from holdfast.engine.memory import resident_bytes
 from holdfast.engine.metadata import Provenance, infotext
-from holdfast.engine.passes import Prompts, cut_words, decode_array
+from holdfast.engine.passes import decode_array
 from holdfast.engine.plan import Standing
+from holdfast.engine.prompts import Prompts
 from holdfast.engine.result import Degradation, Result
 from holdfast.engine.runner import Runner
 from holdfast.engine.subscribers import Preview
@@ -261,7 +262,7 @@ class Service:
         """Refuse prompts that the text encoders would cut, or say so where that is allowed."""
         found = {}
         for prompt in {text for each in passes for text in (each.prompt, each.negative_prompt)}:
-            words = cut_words(prompt, self._model)
+            words = self._prompts.unread(prompt, self._model)
             if not words:
                 continue
             if self.config.strict:

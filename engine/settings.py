@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -100,7 +99,7 @@ class Resolver:
         self._cache = cache
         self._emit = emit
         self._found: tuple[tuple[object, object], Model] | None = None
-        self._holds: dict[Path, contextlib.ExitStack] = {}
+        self._holds = cache.holds()
 
     def missing(self, config: EngineConfig) -> Mapping[str, Missing]:
         """
@@ -193,8 +192,7 @@ class Resolver:
         model = None if settings is None else settings.model
         if self._found is not None and self._found[1] is not model:
             self._found = None
-        for path in self._holds.keys() - (frozenset() if model is None else model.paths):
-            self._holds.pop(path).close()
+        self._holds.keep(() if model is None else model.paths)
 
     def _model(self, config: EngineConfig) -> Model:
         named = (config.model, config.vae)
@@ -208,8 +206,7 @@ class Resolver:
     def _resolved(self, model: str | Path) -> ModelFolder:
         found = resolve(model, self._cache.root, self._emit)
         if found.path.parent == self._cache.exports and found.path not in self._holds:
-            hold = self._holds[found.path] = contextlib.ExitStack()
-            hold.enter_context(self._cache.hold(found.path))
+            self._holds.add(found.path)
             if not found.path.exists():  # another process has pruned it just before
                 found = resolve(model, self._cache.root, self._emit)
         return found
