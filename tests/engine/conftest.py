@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from .lora_graphs import Shapes
+
 
 @pytest.fixture
 def open_engine(
@@ -79,3 +81,20 @@ def chalk(tiny_ir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     everything = {"unet": lambda _: True, "text_encoder": lambda _: True}
     path = tmp_path_factory.mktemp("chalk") / "chalk.safetensors"
     return write_lora(tiny_ir, path, seed=2, wanted=everything)
+
+
+@pytest.fixture(scope="session")
+def shapes(tiny_ir: Path) -> Shapes:
+    """The shape of each weight of the tiny model that a LoRA can change."""
+    from holdfast.engine.lora import targets
+
+    from .lora_graphs import read
+
+    return {
+        component: {
+            module: target.shape
+            for module, target in targets(read(tiny_ir, component)).items()
+            if not target.obstacle
+        }
+        for component in ("unet", "text_encoder")
+    }
