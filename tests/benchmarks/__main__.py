@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import platformdirs
 
 from tests.benchmarks import report
@@ -13,12 +14,13 @@ from tests.benchmarks.costs import import_seconds
 from tests.benchmarks.fleet import Worker
 from tests.benchmarks.model import make_model
 from tests.benchmarks.peers import FAR, INT8_GROUP, NEAR, compare_images, measure_peers
+from tests.benchmarks.quality import measure_quality
 from tests.benchmarks.workload import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-PARTS = ("peers", "int8", "images", "costs", "changes", "large")
+PARTS = ("peers", "int8", "images", "quality", "costs", "changes", "tiles", "large")
 
 
 def main() -> None:
@@ -47,15 +49,15 @@ def main() -> None:
         report.report_peers("int8", workload, measured)
     if "images" in parts:
         report.report_images(compare_images(workload, folder, int8="int8" in parts))
-    if "costs" in parts:
-        _costs(workload, folder)
-    if "changes" in parts:
-        _changes(workload, folder)
-    if "large" in parts:
-        large = Workload(**places, side=512, hires_side=1024)
-        measured = measure_peers(large, [("Holdfast", "GenAI")], folder, rounds=1, warm=1)
-        report.report_peers("large", large, measured)
+    single = {"quality": _quality, "costs": _costs, "changes": _changes, "tiles": _tiles,
+              "large": _large}  # fmt: skip
+    for part in (name for name in single if name in parts):
+        single[part](workload, folder)
     report.report_goals()
+
+
+def _quality(workload: Workload, _: Path) -> None:
+    report.report_quality(measure_quality(Path(workload.cache)))
 
 
 def _costs(workload: Workload, folder: Path) -> None:
@@ -104,6 +106,17 @@ def _changes(workload: Workload, folder: Path) -> None:
     changes = _ask("changes:Changes", workload, folder, *(name for name in names if name != "size"))
     changes |= _ask("changes:StaticChanges", workload, folder, "size")
     report.report_changes({names[name]: each for name, each in changes.items()})
+
+
+def _tiles(workload: Workload, folder: Path) -> None:
+    small = Workload(**make_model(folder, tiny=True), vae=workload.model)
+    report.report_tiles(_ask("tiles:Tiles", small, folder, "hires")["hires"])
+
+
+def _large(workload: Workload, folder: Path) -> None:
+    large = msgspec.structs.replace(workload, side=512, hires_side=1024)
+    measured = measure_peers(large, [("Holdfast", "GenAI")], folder, rounds=1, warm=1)
+    report.report_peers("large", large, measured)
 
 
 def _ask(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from tests.benchmarks.workload import Workload
 
 RANK = 8
+REPEATS = 3
 
 
 class Changes(Costs):
@@ -39,67 +42,84 @@ class Changes(Costs):
 
     def lora_on(self) -> dict[str, float]:
         """Put a LoRA in force."""
-        return self._configured(lora=(self._use(0.8),))
+        return self._configured({"lora": ()}, {"lora": (self._use(0.8),)})
 
     def lora_weight(self) -> dict[str, float]:
         """Change its weight."""
-        return self._configured(lora=(self._use(0.5),))
+        return self._configured({"lora": (self._use(0.8),)}, {"lora": (self._use(0.5),)})
 
     def lora_back(self) -> dict[str, float]:
-        """Toggle it off and on, and measure the off: what was held before is held still."""
-        for lora in ((), (self._use(0.8),)):
-            self.engine.configure(lora=lora)
-        return self._configured(lora=())
+        """Toggle it on and off, and measure the off: what was held before is held still."""
+        return self._configured({"lora": ()}, {"lora": (self._use(0.8),)}, {"lora": ()})
 
     def precision(self) -> dict[str, float]:
         """Compute in float32."""
-        return self._configured(precision="f32")
+        return self._configured({"precision": "auto"}, {"precision": "f32"})
 
     def device(self) -> dict[str, float]:
         """Move the VAE decoder to another device."""
-        return self._configured(device={"vae_decoder": "AUTO:CPU"})
+        return self._configured({"device": "CPU"}, {"device": {"vae_decoder": "AUTO:CPU"}})
 
     def scheduler(self) -> dict[str, float]:
         """Change the default scheduler."""
-        return self._configured(scheduler="euler")
+        return self._configured({"scheduler": None}, {"scheduler": "euler"})
 
     def size(self) -> dict[str, float]:
         """Ask for another size."""
-        request = self.small().but(width=128, height=128)
-        return self._measured(lambda: self.engine.prepare(request))
+        sides = itertools.count(128, 64)
+
+        def grow() -> None:
+            self.engine.prepare(self.small().but(width=next(sides)))
+
+        return self._measured(lambda: None, grow)
 
     def _use(self, weight: float) -> Any:
         from holdfast.engine.requests import Lora
 
         return Lora(self.lora, weight)
 
-    def _configured(self, **changes: Any) -> dict[str, float]:
-        return self._measured(lambda: self.engine.configure(**changes))
+    def _configured(self, first: dict[str, Any], *then: dict[str, Any]) -> dict[str, float]:
+        """Measure the last of some changes of settings; `first` undoes what is in force."""
+        *between, last = then
 
-    def _measured(self, change: Callable[[], object]) -> dict[str, float]:
-        before = len(self.compiled())
-        seconds, cpu = _timed(change)
-        compiled = self.compiled()[before:]
-        bare = bare_cpu = 0.0
-        for event in compiled:
-            wall, used = self._bare(event)
-            bare, bare_cpu = bare + wall, bare_cpu + used
+        def begin() -> None:
+            self.engine.configure(**first)
+            self.reload()
+            for changes in between:
+                self.engine.configure(**changes)
+
+        return self._measured(begin, lambda: self.engine.configure(**last))
+
+    def _measured(
+        self, begin: Callable[[], object], change: Callable[[], object]
+    ) -> dict[str, float]:
+        """Return the medians of a change, of a bare compile of the same, and of a reload."""
+        rows: list[dict[str, float]] = []
+        for _ in range(REPEATS):
+            begin()
+            before = len(self.compiled())
+            seconds, cpu = _timed(change)
+            compiled = self.compiled()[before:]
+            bare = [self._bare(event) for event in compiled]
+            reload, reload_cpu = _timed(self.reload)
+            rows.append(
+                {
+                    "seconds": seconds,
+                    "cpu": cpu,
+                    "bare": sum(wall for wall, _ in bare),
+                    "bare_cpu": sum(used for _, used in bare),
+                    "reload": reload,
+                    "reload_cpu": reload_cpu,
+                    **{f"compiled:{event['component']}": 1.0 for event in compiled},
+                }
+            )
+        return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+    def reload(self) -> None:
+        """Give everything up, held variants too, and load again what served."""
         mode = self.engine.mode
-
-        def reload() -> None:
-            self.engine.unload()
-            self.engine.load(mode)
-
-        reloaded, reloaded_cpu = _timed(reload)
-        return {
-            "seconds": seconds,
-            "cpu": cpu,
-            "bare": bare,
-            "bare_cpu": bare_cpu,
-            "reload": reloaded,
-            "reload_cpu": reloaded_cpu,
-            **{f"compiled:{event['component']}": 1.0 for event in compiled},
-        }
+        self.engine.unload()
+        self.engine.load(mode)
 
     def _bare(self, event: dict[str, Any]) -> tuple[float, float]:
         """Time OpenVINO alone: the same compile, and the first inference."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SWITCHES = 20
 IMPORTS = 7
+ROUNDS = 3
 
 
 class Costs(Holdfast):
@@ -66,7 +67,7 @@ class Costs(Holdfast):
         side = self.workload.side
         one = Txt2Img(prompt="a tree", seed=1, width=side, height=side, steps=4)
         taken: dict[str, list[float]] = {"single": [], "batch": []}
-        for _ in range(2):
+        for _ in range(ROUNDS):
             for name, requests in (
                 ("single", [one.but(seed=seed) for seed in range(1, 5)]),
                 ("batch", [one.but(batch=4)]),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from tests.benchmarks.peers import Difference, Measured
+    from tests.benchmarks.quality import Quality
     from tests.benchmarks.workload import Workload
 
 LABELS = {
@@ -178,6 +179,21 @@ def report_images(differences: Mapping[str, Difference]) -> None:
     )
 
 
+def report_quality(qualities: Mapping[str, Quality]) -> None:
+    """Write what each precision's pictures are like."""
+    write_raw("quality", {precision: asdict(each) for precision, each in qualities.items()})
+    write_table(
+        "quality",
+        [
+            ["precision", "pictures as asked", "PSNR to f32, dB", "distance in features"],
+            *(
+                [f"`{name}`", f"{each.right:.0%}", f"{each.psnr:.1f}", f"{each.features:.4f}"]
+                for name, each in qualities.items()
+            ),
+        ],
+    )
+
+
 def report_costs(rows: Sequence[Sequence[str]], raw: Mapping[str, Any]) -> None:
     """Write what Holdfast's own work costs."""
     write_raw("costs", raw)
@@ -194,6 +210,23 @@ def report_changes(changes: Mapping[str, Mapping[str, float]]) -> None:
         figures = [f"{each[field]:.3f}" for field in fields]
         rows.append([change, ", ".join(compiled) or "nothing", *figures])
     write_table("changes", rows)
+
+
+def report_tiles(taken: Mapping[str, float]) -> None:
+    """Write what a large image takes in tiles."""
+    write_raw("tiles", taken)
+    side = int(taken["side"])
+    write_table(
+        "tiles",
+        [
+            ["hires", "memory budget", "peak resident", "first decode", "encode", "decode"],
+            [
+                f"{side // 2}x{side // 2} to {side}x{side}",
+                *(f"{taken[name] / GIB:.1f} GiB" for name in ("budget", "peak")),
+                *(f"{taken[name]:.0f} s" for name in ("first_decode", "encode", "decode")),
+            ],
+        ],
+    )
 
 
 def report_goals() -> None:

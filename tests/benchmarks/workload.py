@@ -19,6 +19,7 @@ class Workload(msgspec.Struct, frozen=True):
         hires_steps: That the second pass runs.
         strength: Of the second pass.
         guidance: Classifier-free guidance scale.
+        vae: Folder of another model, whose VAE is used; empty for its own.
     """
 
     model: str
@@ -30,6 +31,7 @@ class Workload(msgspec.Struct, frozen=True):
     hires_steps: int = 10
     strength: float = 0.5
     guidance: float = 7.5
+    vae: str = ""
 
     @property
     def schedule(self) -> int:
