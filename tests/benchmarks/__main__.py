@@ -105,7 +105,12 @@ def _changes(workload: Workload, folder: Path) -> None:
     }
     changes = _ask("changes:Changes", workload, folder, *(name for name in names if name != "size"))
     changes |= _ask("changes:StaticChanges", workload, folder, "size")
-    report.report_changes({names[name]: each for name, each in changes.items()})
+    shown = {names[name]: each for name, each in changes.items()}
+    exported = _ask("changes:ByExport", workload, folder, "lora_on")["lora_on"]
+    shown["for comparison: that LoRA fused in PyTorch, exported by optimum-intel, loaded"] = (
+        exported
+    )
+    report.report_changes(shown)
 
 
 def _tiles(workload: Workload, folder: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -152,6 +153,43 @@ class StaticChanges(Changes):
     """The same with a graph for each size."""
 
     settings: ClassVar = {"shapes": "static"}
+
+
+class ByExport:
+    """The way to a LoRA that optimum-intel has: fused in PyTorch, exported, and loaded."""
+
+    def __init__(self, workload: Workload) -> None:
+        from holdfast.engine.imports import heavy
+
+        heavy()
+        self.workload = workload
+        self.lora = write_lora(
+            Path(workload.source), Path(workload.cache).parent / "line.safetensors"
+        )
+
+    def lora_on(self) -> dict[str, float]:
+        """Put a LoRA in force, down to the first inference."""
+        with tempfile.TemporaryDirectory() as folder:
+            seconds, cpu = _timed(lambda: self._export(folder))
+        return {"seconds": seconds, "cpu": cpu}
+
+    def _export(self, folder: str) -> None:
+        import torch
+        from diffusers import StableDiffusionPipeline
+        from optimum.intel.openvino import OVStableDiffusionPipeline
+
+        fused = StableDiffusionPipeline.from_pretrained(
+            self.workload.source, torch_dtype=torch.float32, safety_checker=None
+        )
+        fused.load_lora_weights(self.lora.parent, weight_name=self.lora.name)
+        fused.fuse_lora(lora_scale=0.8)
+        fused.unload_lora_weights()
+        fused.save_pretrained(folder)
+        del fused
+        exported = OVStableDiffusionPipeline.from_pretrained(folder, export=True, compile=False)
+        exported.half()
+        exported.compile()
+        exported("a tree", width=64, height=64, num_inference_steps=1)
 
 
 def _shape(port: Any, key_shape: str, side: int) -> list[int]:

@@ -207,8 +207,9 @@ def report_changes(changes: Mapping[str, Mapping[str, float]]) -> None:
     for change, each in changes.items():
         compiled = [name.partition(":")[2] for name in each if name.startswith("compiled:")]
         fields = ("seconds", "cpu", "bare", "bare_cpu", "reload", "reload_cpu")
-        figures = [f"{each[field]:.3f}" for field in fields]
-        rows.append([change, ", ".join(compiled) or "nothing", *figures])
+        figures = [f"{each[field]:.3f}" if field in each else "" for field in fields]
+        nothing = "nothing" if "bare" in each else "everything"
+        rows.append([change, ", ".join(compiled) or nothing, *figures])
     write_table("changes", rows)
 
 
