@@ -28,6 +28,8 @@ _MODULES = re.compile(rf"({'|'.join(LIBRARIES)})(\.|$)")
 # These two speak while they are imported, when no other logger of their library exists yet.
 _EARLY_LOGGERS = ("diffusers.utils.import_utils", "transformers.utils.import_utils")
 _LOCK = threading.RLock()
+_UNTOLD: list[str] = []
+"""Why torchvision was hidden, until there is a log to tell it to."""
 
 
 def runtime() -> None:
@@ -58,8 +60,9 @@ def tokenizing(emit: Emit | None = None) -> None:
         error = _unusable("torchvision")
         if error is not None:
             _hide("torchvision")
-            if emit is not None:
-                emit("imports.torchvision_hidden", level="warning", error=error)
+            _UNTOLD.append(error)
+        while emit is not None and _UNTOLD:
+            emit("imports.torchvision_hidden", level="warning", error=_UNTOLD.pop())
         importlib.import_module("transformers.models.clip.tokenization_clip")
 
 
@@ -86,7 +89,7 @@ def heavy(emit: Emit | None = None) -> None:
     works is left alone. Safe to call from any thread and as often as you like.
 
     Args:
-        emit: Told ``imports.torchvision_hidden`` where that was necessary.
+        emit: Told ``imports.torchvision_hidden`` where that was necessary, once in a process.
     """
     with _LOCK, quiet():
         tokenizing(emit)

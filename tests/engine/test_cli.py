@@ -1,12 +1,12 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,14 +23,17 @@ from holdfast.engine import (
     Txt2Img,
 )
 from holdfast.engine.cli import app, main, options
+from holdfast.engine.cli.bar import wait
 from holdfast.engine.logbook.audit import audit
 from holdfast.engine.logbook.read import log_lines, read
 from holdfast.engine.metadata import read_private
 from holdfast.states import mermaid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+    from holdfast.engine import Engine
 
 HEAVY = {"torch", "diffusers", "transformers", "optimum", "openvino"}
 LIGHT = f"""
@@ -334,17 +337,35 @@ def wait_for(log: Path, words: str, *, times: int) -> None:
         time.sleep(0.05)
 
 
-def test_a_bar_is_shown_on_a_terminal_alone(
-    holdfast_command: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+def test_a_bar_shows_the_passes_and_their_steps(
+    open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ):
-    """On a terminal standard error shows the passes and their steps; elsewhere nothing."""
-    asked = ("generate", "x", "--hires", "--steps", "30", "--hires-steps", "30")
-    assert holdfast_command(*asked)[2] == ""
+    """On a terminal standard error shows, in order, the search, both passes and their steps."""
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    bar = holdfast_command(*asked)[2]
-    places = [bar.find(words) for words in ("finding the model", "pass 1, step", "pass 2, step")]
+    words = {"request.started": "finding the model", "1": "pass 1, step", "2": "pass 2, step"}
+    unseen = dict(words)
+
+    def hold(event: Mapping[str, Any]) -> None:
+        """Hold the job until the screen shows what it does."""
+        name = str(event["pass"]) if event["event"] == "step.completed" else event["event"]
+        if name in unseen:
+            expected, until = unseen.pop(name), time.monotonic() + PATIENCE
+            while expected not in screen.getvalue() and time.monotonic() < until:
+                time.sleep(0.02)
+
+    engine = open_engine()
+    engine.attach(hold)
+    wait(engine, engine.submit(Hires(prompt="x", steps=2, hires_steps=2)))
+    places = [screen.getvalue().find(each) for each in words.values()]
     assert -1 not in places
-    assert all(before < after for before, after in pairwise(places))
+    assert places == sorted(places)
+
+
+def test_no_bar_is_shown_but_on_a_terminal(holdfast_command: Callable[..., Ran]):
+    """Where standard error is a file or a pipe nothing is written to it."""
+    assert holdfast_command("generate", "x", "--hires", "--steps", "2")[2] == ""
 
 
 def test_a_plan_makes_nothing(holdfast_command: Callable[..., Ran], tmp_path: Path):

@@ -148,6 +148,28 @@ def test_a_broken_torchvision_is_hidden(host: Host):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_hidden_torchvision_is_in_an_engines_log(
+    host: Host, tiny_ir: Path, tiny_cache: Path, tmp_path: Path
+):
+    """A maintainer learns it from the log, though the imports run beside the compile."""
+    host.add_module("torchvision/__init__.py", BROKEN_TORCHVISION)
+    host.add_module("torchvision/extension.py", "")
+    log = tmp_path / "engine.jsonl"
+    done = host.run(
+        """
+        import sys
+        from holdfast.engine import Engine, Txt2Img
+        with Engine(model=sys.argv[1], cache_dir=sys.argv[2], log_file=sys.argv[3]) as engine:
+            engine.run(Txt2Img(prompt="circle", steps=1))
+        """,
+        tiny_ir,
+        tiny_cache,
+        log,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert log.read_text().count('"imports.torchvision_hidden"') == 1
+
+
 def test_a_host_that_has_transformers_already_is_served(host: Host):
     """A broken torchvision is hidden also where transformers has looked for it before."""
     host.add_module("torchvision/__init__.py", BROKEN_TORCHVISION)
