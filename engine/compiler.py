@@ -16,7 +16,6 @@ import numpy as np
 
 from holdfast.engine.devices import PRECISION, in_force, is_physical
 from holdfast.engine.errors import CompileError
-from holdfast.engine.families import accept_fractional_timesteps
 from holdfast.engine.faults import compile_errors, last_line
 from holdfast.engine.heartbeat import heartbeat
 from holdfast.engine.imports import runtime
@@ -26,6 +25,7 @@ from holdfast.engine.memory import compiled_bytes, giving_back_pages, private_by
 from holdfast.engine.plan import Cost
 from holdfast.engine.quantize import KINDS, FusedLora, quantize, quantized_graph
 from holdfast.engine.tiling import TILES
+from holdfast.engine.timesteps import accept_fractional_timesteps, embed_timesteps_exactly
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -191,6 +191,7 @@ class Compiler:
         ):
             graph = self.core.read_model(file)
             accept_fractional_timesteps(graph)
+            embed_timesteps_exactly(graph)
             learned["bytes"] = file.with_suffix(".bin").stat().st_size
             self._graphs[key.graph] = graph
 

@@ -183,18 +183,3 @@ def family_of(class_name: str) -> Family:
         msg = f"The model is a {class_name}, which Holdfast cannot run; it runs {known}."
         raise ModelSourceError(msg)
     return FAMILIES[plain]
-
-
-def accept_fractional_timesteps(graph: Any) -> None:
-    """
-    Let a denoiser's graph take its timestep as it is.
-
-    An export traces it as an integer, so that the fractional timesteps of Euler or DPM++ would be
-    cut to whole ones, and the image would differ from that of the model in PyTorch.
-    """
-    import openvino as ov
-
-    for parameter in graph.get_parameters():
-        if "timestep" in parameter.output(0).get_names():
-            parameter.set_element_type(ov.Type.f32)
-    graph.validate_nodes_and_infer_types()

@@ -20,11 +20,12 @@ from holdfast.engine.child import ChildError, Progress, receive, run_child
 from holdfast.engine.diskcache import build_once
 from holdfast.engine.errors import LoraError, ModelSourceError
 from holdfast.engine.export import export_told
-from holdfast.engine.families import accept_fractional_timesteps, family_of
+from holdfast.engine.families import family_of
 from holdfast.engine.imports import heavy, quiet
 from holdfast.engine.integrity import read_json
 from holdfast.engine.lora import fuse, read_lora
 from holdfast.engine.source import GRAPH, INDEX
+from holdfast.engine.timesteps import accept_fractional_timesteps
 from holdfast.states import Mode
 
 if TYPE_CHECKING:

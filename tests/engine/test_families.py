@@ -11,6 +11,11 @@ from PIL import Image
 
 from holdfast.engine import Hires
 from holdfast.engine.imports import heavy, quiet
+from holdfast.engine.source import resolve
+from holdfast.engine.timesteps import accept_fractional_timesteps, embed_timesteps_exactly
+
+from ..conftest import ignore  # noqa: TID252 - tests are no installed package
+from .lora_graphs import read
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,3 +136,7 @@ def test_hires_equals_diffusers(
         if event["event"] == "pass.completed"
     ]
     assert [each["evaluations"] for each in passes] == [STEPS, STEPS]
+
+    graph = read(resolve(folder, engine.config.cache_dir, ignore).path, "unet")
+    accept_fractional_timesteps(graph)
+    assert embed_timesteps_exactly(graph)
