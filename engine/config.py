@@ -53,7 +53,7 @@ class EngineConfig(Value):
             each component: ``{"unet": "GPU", "vae_decoder": "CPU"}`` (others: ``"CPU"``).
         precision: What the denoiser and the VAE compute in. ``"auto"``: the device's default.
             ``"int8"``: 8-bit weights and activations of the denoiser; ``"int8-weights"``:
-            weights alone.
+            weights of its linear layers alone.
         shapes: ``"dynamic"``: one compiled denoiser for every size; ``"static"``: one for each
             size, kept under the budget; ``"auto"``: dynamic on CPU, static elsewhere.
         memory_budget: Bytes, or text such as ``"8GiB"``, that all compiled components together

@@ -253,7 +253,7 @@ def _room(cache: Path, memory_free: int) -> Iterator[Finding]:
         yield Finding("note", what, f"Make room, or give engines a cache_dir beside {cache}.")
     if memory_free < _ROOM:
         what = f"Only {memory_free / 2**30:.1f} GiB of memory are free; {_ROOM_FOR}."
-        yield Finding("note", what, "End other programs, or set precision='int8-weights'.")
+        yield Finding("note", what, "End other programs, or set precision='int8'.")
 
 
 def _present(folder: Path) -> Path:

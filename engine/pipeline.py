@@ -333,7 +333,7 @@ class CompiledPipeline:
             msg = (
                 f"This needs {made.peak_bytes / 2**20:.0f} MiB of compiled components at once, but "
                 f"the memory budget is {(made.budget or 0) / 2**20:.0f} MiB. Raise memory_budget, "
-                "or use precision='bf16' or 'int8-weights', or policy='auto'."
+                "or use precision='bf16' or 'int8', or policy='auto'."
             )
             raise InvalidRequest(msg)
 

@@ -24,13 +24,14 @@ from holdfast.engine import (
 )
 from holdfast.engine.cli import app, main, options
 from holdfast.engine.cli.bar import wait
+from holdfast.engine.jobs import Job
 from holdfast.engine.logbook.audit import audit
 from holdfast.engine.logbook.read import log_lines, read
 from holdfast.engine.metadata import read_private
 from holdfast.states import mermaid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from holdfast.engine import Engine
@@ -344,19 +345,21 @@ def test_a_bar_shows_the_passes_and_their_steps(
     screen = io.StringIO()
     monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    words = {"request.started": "finding the model", "1": "pass 1, step", "2": "pass 2, step"}
-    unseen = dict(words)
+    words = {phase: f"{phase}, step" for phase in ("pass 1", "pass 2")}
+    words = {"find model": "finding the model", **words}
+    advance = Job.advance
 
-    def hold(event: Mapping[str, Any]) -> None:
+    def advance_and_wait(job: Job[Any], phase: str, **facts: Any) -> None:
         """Hold the job until the screen shows what it does."""
-        name = str(event["pass"]) if event["event"] == "step.completed" else event["event"]
-        if name in unseen:
-            expected, until = unseen.pop(name), time.monotonic() + PATIENCE
-            while expected not in screen.getvalue() and time.monotonic() < until:
-                time.sleep(0.02)
+        advance(job, phase, **facts)
+        until = time.monotonic() + PATIENCE
+        while phase == "find model" or facts.get("step"):
+            if words[phase] in screen.getvalue() or time.monotonic() > until:
+                break
+            time.sleep(0.02)
 
+    monkeypatch.setattr(Job, "advance", advance_and_wait)
     engine = open_engine()
-    engine.attach(hold)
     wait(engine, engine.submit(Hires(prompt="x", steps=2, hires_steps=2)))
     places = [screen.getvalue().find(each) for each in words.values()]
     assert -1 not in places
