@@ -113,7 +113,8 @@ def _reader(model: Model, name: str) -> Reader:
     except Exception as error:
         msg = f"{file} cannot be read ({error}). Download or export the model again."
         raise ModelSourceError(msg) from error
-    tokenizer.no_truncation()
+    tokenizer.no_truncation()  # which a file may ask for, as it was last used
+    tokenizer.no_padding()
     limit = read_json(folder / "tokenizer_config.json").get("model_max_length", sys.maxsize)
     return functools.partial(_unread, tokenizer, limit - _SPECIAL_TOKENS)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from holdfast.engine.errors import ModelSourceError
 from holdfast.engine.imports import quiet
@@ -82,6 +83,20 @@ def test_a_folder_of_older_files_is_read_as_well(
     prompt = "circle " * 75 + "dog star"
     older = Prompts().unread(prompt, load(parts))
     assert older == Prompts().unread(prompt, model) == "dog star"
+
+
+def test_a_file_that_pads_or_cuts_is_read_as_well(
+    model: Model, load: Callable[..., Model], parts: Path
+) -> None:
+    """A tokenizer that was saved while it padded and cut, as the demo model's, does neither."""
+    file = str(parts / "tokenizer" / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(file)
+    tokenizer.enable_padding(length=77)
+    tokenizer.enable_truncation(77)
+    tokenizer.save(file)
+    padding = load(parts)
+    for prompt in ("circle", "circle " * 75 + "dog star"):
+        assert Prompts().unread(prompt, padding) == Prompts().unread(prompt, model)
 
 
 def test_a_damaged_tokenizer_is_told(load: Callable[..., Model], parts: Path) -> None:
