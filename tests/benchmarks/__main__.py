@@ -13,7 +13,7 @@ from tests.benchmarks import report
 from tests.benchmarks.costs import import_seconds
 from tests.benchmarks.fleet import Worker
 from tests.benchmarks.model import make_model
-from tests.benchmarks.peers import FAR, INT8_GROUP, NEAR, compare_images, measure_peers
+from tests.benchmarks.peers import FAR, INT8_GROUP, NEAR, compare, draw_alike, measure_peers
 from tests.benchmarks.quality import measure_quality
 from tests.benchmarks.workload import Workload
 
@@ -48,7 +48,8 @@ def main() -> None:
         measured = measure_peers(workload, [INT8_GROUP], folder, rounds=rounds, warm=warm)
         report.report_peers("int8", workload, measured)
     if "images" in parts:
-        report.report_images(compare_images(workload, folder, int8="int8" in parts))
+        alike = draw_alike(workload, folder, int8="int8" in parts)
+        report.report_images({to: compare(alike, to) for to in ("Holdfast", "Diffusers")})
     single = {"quality": _quality, "costs": _costs, "changes": _changes, "tiles": _tiles,
               "large": _large}  # fmt: skip
     for part in (name for name in single if name in parts):

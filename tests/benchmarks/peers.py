@@ -13,7 +13,7 @@ from PIL import Image
 from tests.benchmarks.fleet import Worker, say
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from tests.benchmarks.workload import Answer, Workload
@@ -115,9 +115,9 @@ class Difference:
     psnr: float
 
 
-def compare_images(workload: Workload, folder: Path, *, int8: bool) -> dict[str, Difference]:
-    """Return how far each image is from Holdfast's own, from the same noise."""
-    names = {"Holdfast": "hires", "Optimum": "hires", "GenAI": "alike"}
+def draw_alike(workload: Workload, folder: Path, *, int8: bool) -> dict[str, Path]:
+    """Have every way draw one image from the same noise."""
+    names = {"Holdfast": "hires", "Optimum": "hires", "GenAI": "alike", "Diffusers": "hires"}
     if int8:
         names |= {"HoldfastInt8": "hires", "HoldfastInt8Weights": "hires"}
     paths = {}
@@ -126,12 +126,15 @@ def compare_images(workload: Workload, folder: Path, *, int8: bool) -> dict[str,
         with Worker(f"systems:{name}", workload, folder / f"{name}.log") as worker:
             worker.ask("load")
             worker.ask(method, prompt=PROMPT.format("alike"), seed=1, save=str(paths[name]))
+    return paths
+
+
+def compare(paths: Mapping[str, Path], to: str) -> dict[str, Difference]:
+    """Return how far each image is from that of one way."""
     images = {
         name: np.asarray(Image.open(path).convert("RGB"), float) for name, path in paths.items()
     }
-    return {
-        name: difference(images["Holdfast"], images[name]) for name in images if name != "Holdfast"
-    }
+    return {name: difference(images[to], image) for name, image in images.items()}
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> Difference:

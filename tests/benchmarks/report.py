@@ -164,19 +164,24 @@ def report_peers(name: str, workload: Workload, measured: Mapping[str, Measured]
     write_table(name, rows)
 
 
-def report_images(differences: Mapping[str, Difference]) -> None:
-    """Write how far the pictures are apart."""
-    write_raw("images", {system: asdict(each) for system, each in differences.items()})
-    write_table(
+def report_images(differences: Mapping[str, Mapping[str, Difference]]) -> None:
+    """Write how far the pictures are from Holdfast's, and from those of PyTorch in float32."""
+    write_raw(
         "images",
-        [
-            ["against Holdfast's image", "mean, 1/255", "largest, 1/255", "PSNR, dB"],
-            *(
-                [LABELS[system], f"{each.mean:.2f}", f"{each.largest:.0f}", f"{each.psnr:.1f}"]
-                for system, each in differences.items()
-            ),
-        ],
+        {
+            to: {name: asdict(each) for name, each in rows.items()}
+            for to, rows in differences.items()
+        },
     )
+    head = ["way"]
+    for to in ("Holdfast", "PyTorch float32"):
+        head += [f"from {to}: mean, 1/255", "largest, 1/255", "PSNR, dB"]
+    rows = [head]
+    for system in differences["Holdfast"]:
+        pair = [differences[to][system] for to in ("Holdfast", "Diffusers")]
+        figures = [[f"{e.mean:.2f}", f"{e.largest:.0f}", f"{e.psnr:.1f}"] for e in pair]
+        rows.append([LABELS[system], *figures[0], *figures[1]])
+    write_table("images", rows)
 
 
 def report_quality(qualities: Mapping[str, Quality]) -> None:
