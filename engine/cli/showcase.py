@@ -21,7 +21,7 @@ PROMPTS = (
     "a small yellow star left of a large green ring on a white background",
     "a purple heart on a yellow background",
 )
-_SEED = 1
+_SEED = 7
 _HEADINGS = (
     "first pass",
     "enlarged alone\n(Lanczos)",

@@ -74,6 +74,7 @@ WORDS: Mapping[str, str] = {
         "in {seconds:s}"
     ),
     "memory.sampled": "memory {rss_bytes:b}, components {held_bytes:b}",
+    "imports.torchvision_hidden": "torchvision cannot be imported and is left out: {error}",
     "degradation": "{kind}: {asked} was asked for, {given} is given",
     "subscriber.failed": "subscriber {subscriber} failed: {error}",
     "cancel.requested": "asked to stop ({why}), keep {keep}",
