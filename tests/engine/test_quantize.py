@@ -91,7 +91,8 @@ def test_weights_are_8_bits_but_for_the_layers_that_are_kept(
     kind, graph, _ = quantized
     types = kinds_of_constants(graph)
     whole = model.component_path("unet").with_suffix(".bin").stat().st_size
-    assert graph.with_suffix(".bin").stat().st_size < whole
+    share = 0.4 if kind == "int8" else 1
+    assert graph.with_suffix(".bin").stat().st_size < share * whole
     assert "i8" in types.values()
     kept = OUTER if kind == "int8" else (*OUTER, INNER)  # others lose their names
     assert {types.get(f"self.{layer}.weight") for layer in kept} == {"f32"}
