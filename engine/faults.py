@@ -9,41 +9,48 @@ from typing import TYPE_CHECKING
 from holdfast.engine.errors import CompileError, GenerationError, HoldfastError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from holdfast.engine.keys import ComponentKey
     from holdfast.engine.plan import Move
 
 
-@contextlib.contextmanager
-def generation_errors(doing: str) -> Iterator[None]:
+def generation_errors(doing: str) -> AbstractContextManager[None]:
     """Turn what diffusers, optimum or OpenVINO raise inside into a `GenerationError`."""
-    try:
-        yield
-    except HoldfastError:
-        raise
-    except Exception as error:
-        msg = (
+
+    def told(error: Exception) -> GenerationError:
+        return GenerationError(
             f"The pipeline failed while it was to {doing}: {type(error).__name__}: "
             f"{str(error).strip()[:300]}. The components stay in service; the engine can be used "
             "on. Try a smaller size, or see `holdfast doctor`."
         )
-        raise GenerationError(msg) from error
+
+    return _turned(told)
+
+
+def compile_errors(key: ComponentKey) -> AbstractContextManager[None]:
+    """Turn whatever is raised inside into a `CompileError` that names component, key and cause."""
+
+    def told(error: Exception) -> CompileError:
+        msg = (
+            f"{key.component} (key {key.digest}) was to be put in service on {key.device}, but "
+            f"that failed: {last_line(error)}."
+        )
+        return CompileError(msg, component=key.component, key=key.digest)
+
+    return _turned(told)
 
 
 @contextlib.contextmanager
-def compile_errors(key: ComponentKey) -> Iterator[None]:
-    """Turn whatever is raised inside into a `CompileError` that names component, key and cause."""
+def _turned(told: Callable[[Exception], HoldfastError]) -> Iterator[None]:
+    """Raise what `told` makes of an error; one of Holdfast's own goes on as it is."""
     try:
         yield
     except HoldfastError:
         raise
     except Exception as error:
-        msg = (
-            f"{key.component} (key {key.digest}) was to be put in service on {key.device}, but "
-            f"that failed: {last_line(error)}."
-        )
-        raise CompileError(msg, component=key.component, key=key.digest) from error
+        raise told(error) from error
 
 
 def last_line(error: Exception) -> str:
