@@ -24,7 +24,7 @@ from holdfast.engine.lora import LoraShelf, check, fuse
 from holdfast.engine.memory import compiled_bytes, giving_back_pages, private_bytes
 from holdfast.engine.plan import Cost
 from holdfast.engine.quantize import KINDS, FusedLora, quantize, quantized_graph
-from holdfast.engine.tiling import TILES
+from holdfast.engine.tiling import STRIDES
 from holdfast.engine.timesteps import accept_fractional_timesteps, embed_timesteps_exactly
 
 if TYPE_CHECKING:
@@ -245,10 +245,10 @@ class Compiler:
 
     def _compile(self, graph: ov.Model, key: ComponentKey) -> Component:
         self._checkpoint("compile")
-        if key.shape == TILES:
+        if key.shape in STRIDES:
             from holdfast.engine.cutting import cut
 
-            graph = cut(graph)
+            graph = cut(graph, STRIDES[key.shape])
         elif key.shape != DYNAMIC:
             graph = graph.clone()
             graph.reshape(dict(_static_shapes(graph, key)))

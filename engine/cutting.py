@@ -21,7 +21,6 @@ from holdfast.engine.tiling import (
     NORMS,
     REACH,
     RIM,
-    STRIDE,
     TILE,
     TILE_OUT,
     WHOLE,
@@ -39,7 +38,7 @@ class _Op(NamedTuple):
     pixels: Fraction
 
 
-def cut(graph: ov.Model) -> ov.Model:
+def cut(graph: ov.Model, stride: int) -> ov.Model:
     """
     Return a VAE encoder or decoder as two halves side by side, whose weights are shared with it.
 
@@ -47,16 +46,17 @@ def cut(graph: ov.Model) -> ov.Model:
 
     Args:
         graph: Image-like in and out, a batch of any size; left as it is.
+        stride: Pixels of the image on the side of one where the halves meet; a power of two.
 
     Raises:
-        ValueError: It has fewer than two changes of size, or norms of different group counts.
+        ValueError: It has no such place, or norms of different group counts.
     """
     graph = graph.clone()
     changes = [node for node in graph.get_ordered_ops() if _scale(node) != 1]
     decoder = bool(changes) and _scale(changes[0]) > 1
-    steps = int(math.log2(STRIDE))
+    steps = int(math.log2(stride))
     if len(changes) < steps:
-        msg = f"a VAE of {len(changes)} changes of size cannot be cut where the image is 1/{STRIDE}"
+        msg = f"a VAE of {len(changes)} changes of size cannot be cut where the image is 1/{stride}"
         raise ValueError(msg)
     border = changes[-steps].input_value(0) if decoder else _biased(changes[steps - 1])
     given = graph.get_parameters()[0]

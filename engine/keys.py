@@ -67,7 +67,8 @@ class ComponentKey:
         source: Fingerprint of the component's graph, weights and configuration.
         lora: The LoRAs fused into it, in a fixed order.
         quantization: ``"none"``, ``"int8"`` or ``"int8-weights"``.
-        shape: ``"dynamic"``, the main input's static shape such as ``"2x4x64x64"``, or ``"tiles"``.
+        shape: ``"dynamic"``, the main input's static shape such as ``"2x4x64x64"``, or
+            where it is cut into tiles, one of `tiling.STRIDES`.
         device: The OpenVINO device asked for.
         properties: Effective OpenVINO properties, sorted by name.
         openvino: OpenVINO's version.

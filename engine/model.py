@@ -55,7 +55,7 @@ class Model:
             )
             raise ModelSourceError(msg)
         self.denoiser_width = int(configs[self.family.denoiser]["block_out_channels"][0])
-        self.vae_width = int(configs[VAE_DECODER]["block_out_channels"][0])
+        self.vae_widths = tuple(map(int, configs[VAE_DECODER]["block_out_channels"]))
         self._tokenizers: dict[str, Any] = {}
         self._schedulers: dict[str | None, Any] = {}
 
@@ -139,14 +139,23 @@ class Model:
                 self._schedulers[name] = make_scheduler(self.parts, name)
         return copy.deepcopy(self._schedulers[name])
 
-    def vae_bytes(self, width: int, height: int, precision: str) -> int:
+    def vae_bytes(self, width: int, height: int, precision: str, stride: int = 1) -> int:
         """
         Return what decoding or encoding an image of this size takes in scratch memory, in bytes.
 
-        Measured on a decoder of Stable Diffusion 1.5's size: nine maps of the first level's width.
+        Measured on a decoder of Stable Diffusion 1.5's size: nine maps of its largest level.
+
+        Args:
+            width: Of the image, in pixels.
+            height: The same.
+            precision: Computed in, as OpenVINO names it.
+            stride: Of what runs on the whole image, pixels to one of its largest maps, a power of
+                two; the rest runs in tiles.
         """
         wide = 4 if precision == "f32" else 2
-        return width * height * self.vae_width * _VAE_MAPS * wide
+        level = stride.bit_length() - 1
+        maps = (width // stride) * (height // stride) * self.vae_widths[level]
+        return maps * _VAE_MAPS * wide
 
     def check_size(self, width: int, height: int) -> None:
         """
@@ -208,8 +217,8 @@ class Model:
         if needed > limit:
             msg = (
                 f"{geometry} was asked for; a step of that size would take about "
-                f"{needed / 2**30:.0f} GiB of working memory, but the memory budget is "
-                f"{limit / 2**30:.1f} GiB. Ask for a smaller image, or raise memory_budget."
+                f"{needed / 2**20:.0f} MiB of working memory, but the memory budget is "
+                f"{limit / 2**20:.0f} MiB. Ask for a smaller image, or raise memory_budget."
             )
             raise InvalidRequest(msg)
 

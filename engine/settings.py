@@ -18,7 +18,7 @@ from holdfast.engine.memory import budget_bytes
 from holdfast.engine.model import Model
 from holdfast.engine.quantize import KINDS
 from holdfast.engine.source import missing, resolve
-from holdfast.engine.tiling import STRIDE, TILES
+from holdfast.engine.tiling import STRIDES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -70,16 +70,24 @@ class Settings:
         keys = keys_for(self.model.family, setup, mode, geometry, scale)
         room = budget_bytes(self.config.memory_budget) - sum(map(self.bytes, keys.values()))
         return {
-            name: replace(key, shape=TILES) if self._outgrows(key, geometry, room) else key
+            name: replace(key, shape=self._shape(key, geometry, room))
+            if name in (VAE_DECODER, VAE_ENCODER)
+            else key
             for name, key in keys.items()
         }
 
-    def _outgrows(self, key: ComponentKey, geometry: Geometry, room: int) -> bool:
-        """Whether a VAE that runs on a whole image needs more memory than there is room."""
-        if key.component not in (VAE_DECODER, VAE_ENCODER) or self.model.scale.factor < STRIDE:
-            return False
-        precision = dict(key.properties)[PRECISION]
-        return self.model.vae_bytes(geometry.width, geometry.height, precision) > room
+    def _shape(self, vae: ComponentKey, geometry: Geometry, room: int) -> str:
+        """Return the shape of a VAE that there is room for, and the least work; else the least."""
+        possible = {vae.shape: 1} | {
+            shape: stride for shape, stride in STRIDES.items() if stride <= self.model.scale.factor
+        }
+        precision = dict(vae.properties)[PRECISION]
+        needed = {
+            shape: self.model.vae_bytes(geometry.width, geometry.height, precision, stride)
+            for shape, stride in possible.items()
+        }
+        fitting = (shape for shape, scratch in needed.items() if scratch <= room)
+        return next(fitting, min(needed, key=needed.__getitem__))
 
 
 class Resolver:

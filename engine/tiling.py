@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
     Table = NDArray[np.float64]
 
-TILES = "tiles"
-"""The shape in the key of a VAE that runs in tiles."""
+STRIDES = {"tiles@1/4": 4, "tiles@1/8": 8}
+"""
+The shapes in the key of a VAE that runs in tiles, and where it is cut: pixels of the image on the
+side of one where the halves meet. The more of them, the less memory, and the more work.
+"""
 
 WHOLE, TILE, NORMS, RIM = "whole", "tile", "norms", "rim"
 WHOLE_OUT, TILE_OUT, MEASURED, REACH = "whole_out", "tile_out", "measured", "reach"
@@ -40,9 +43,6 @@ and then adds, `MEASURED` the mean and the mean square of what that gave, in the
 (2, 2) is what of a tile's top and left, bottom and right does not count in it, `REACH` (1,) how far
 the half sees; both in pixels of `TILE`.
 """
-
-STRIDE = 4
-"""Pixels of the image on the side of one where the halves meet."""
 
 SIDE = 384
 """Pixels on a tile's side, less what it overlaps its neighbours."""
@@ -57,7 +57,7 @@ ROUNDS = 5
 """Over all tiles, at most."""
 
 _SMALL = 256
-"""Pixels on the longer side of the shrunken image, at most."""
+"""Pixels on a side of the square that the shrunken image is no larger than."""
 
 _IDLE = 8
 """Pixels on the side of what the half that is not needed gets to chew on."""
@@ -107,17 +107,19 @@ class TiledVae:
 
     Args:
         compiled: The cut graph, compiled: called with its inputs by name, it gives its outputs.
-        side: Pixels on a tile's side, less what it overlaps its neighbours; a multiple of 4.
+        stride: Where it was cut; see `STRIDES`.
+        side: Pixels on a tile's side, less what it overlaps its neighbours; a multiple of 8.
 
     Attributes:
         rounds: How often the latest image went through all tiles.
         apart: What was left of the statistics' error.
     """
 
-    def __init__(self, compiled: Any, side: int = SIDE) -> None:
+    def __init__(self, compiled: Any, stride: int, side: int = SIDE) -> None:
         self.rounds = 0
         self.apart = 0.0
         self._compiled = compiled
+        self._stride = stride
         self._side = side
         channels = {
             name: compiled.input(name).get_partial_shape()[1].get_length() for name in (WHOLE, TILE)
@@ -137,11 +139,11 @@ class TiledVae:
     def decode(self, latents: Array) -> Array:
         """Turn latents (1, C, h, w) into pixels (1, 3, H, W)."""
         maps = self._run(self._unknown, whole=latents)[WHOLE_OUT]
-        return self._in_tiles(maps, grain=1, pixels=STRIDE)
+        return self._in_tiles(maps, grain=1, pixels=self._stride)
 
     def encode(self, pixels: Array) -> Array:
-        """Turn pixels (1, 3, H, W), sides multiples of 4, into moments (1, 2 C, h, w)."""
-        maps = self._in_tiles(pixels, grain=STRIDE, pixels=1)
+        """Turn pixels (1, 3, H, W), sides multiples of the stride, into moments (1, 2 C, h, w)."""
+        maps = self._in_tiles(pixels, grain=self._stride, pixels=1)
         moments: Array = self._run(self._unknown, whole=maps)[WHOLE_OUT]
         return moments
 
@@ -224,8 +226,8 @@ class TiledVae:
 
 
 def _shrunk(maps: Array, side: int, grain: int) -> Array:
-    """Leave out pixels, so that the longer side is `side` at most and both are whole grains."""
-    step = -(-max(maps.shape[-2:]) // side)
+    """Leave out pixels, so that no more than `side` squared are left, in whole grains."""
+    step = math.ceil(math.sqrt(math.prod(maps.shape[-2:])) / side)
     rows, columns = (max(grain, each // step // grain * grain) for each in maps.shape[-2:])
     return maps[..., ::step, ::step][..., :rows, :columns]
 

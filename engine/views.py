@@ -15,7 +15,7 @@ import openvino as ov
 from holdfast.engine.errors import GenerationError
 from holdfast.engine.imports import heavy, quiet
 from holdfast.engine.memory import trim
-from holdfast.engine.tiling import TILES, TiledVae
+from holdfast.engine.tiling import STRIDES, TiledVae
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -146,7 +146,9 @@ def make_view(
         pipeline.set_progress_bar_config(disable=True)
     emit("view.created", mode=str(mode), pipeline=cls.__name__, compiles=0)
     tiled = {
-        name: TiledVae(port) for name, port in ports.items() if components[name].key.shape == TILES
+        name: TiledVae(ports[name], STRIDES[component.key.shape])
+        for name, component in components.items()
+        if component.key.shape in STRIDES
     }
     return View(mode, pipeline, dict(components), tiled)
 

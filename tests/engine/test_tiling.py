@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from holdfast.engine.cutting import cut
-from holdfast.engine.tiling import TILE, TiledVae, places
+from holdfast.engine.tiling import STRIDES, TILE, TiledVae, places
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,8 @@ def levels(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
 class Vae:
     """The tiny model's encoder and decoder, whole and in tiles."""
 
-    def __init__(self, folder: Path, precision: str) -> None:
+    def __init__(self, folder: Path, stride: int, precision: str = "f32") -> None:
+        self.stride = stride
         core = ov.Core()
         properties = {"INFERENCE_PRECISION_HINT": precision}
         graphs = {
@@ -53,10 +54,10 @@ class Vae:
             name: core.compile_model(graph, "CPU", properties) for name, graph in graphs.items()
         }
         self.cut = {
-            name: core.compile_model(cut(graph), "CPU", properties)
+            name: core.compile_model(cut(graph, stride), "CPU", properties)
             for name, graph in graphs.items()
         }
-        self.tiled = {name: TiledVae(compiled, SIDE) for name, compiled in self.cut.items()}
+        self.tiled = {name: TiledVae(compiled, stride, SIDE) for name, compiled in self.cut.items()}
 
     def latents(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the means (1, 4, h, w) of an image's latents."""
@@ -64,9 +65,9 @@ class Vae:
         return means.copy()
 
 
-@pytest.fixture(scope="module")
-def vae(tiny_ir: Path) -> Vae:
-    return Vae(tiny_ir, "f32")
+@pytest.fixture(scope="module", params=STRIDES.values(), ids=STRIDES)
+def vae(tiny_ir: Path, request: pytest.FixtureRequest) -> Vae:
+    return Vae(tiny_ir, request.param)
 
 
 @pytest.mark.parametrize("size", [(320, 320), (416, 192), (96, 272), (64, 64)])
@@ -96,7 +97,7 @@ def test_rounding_is_all_that_16_bits_add(tiny_ir: Path, vae: Vae) -> None:
     """In bf16, tiles are as near to the float32 image as a whole decode in bf16 is."""
     latents = vae.latents(picture(320, 256))
     exact = levels(vae.whole["decoder"](latents)[0])
-    halved = Vae(tiny_ir, "bf16")
+    halved = Vae(tiny_ir, vae.stride, "bf16")
     whole = np.abs(levels(halved.whole["decoder"](latents)[0]) - exact)
     tiled = np.abs(levels(halved.tiled["decoder"].decode(latents)) - exact)
     assert tiled.mean() < 2 * whole.mean() + 0.1
@@ -127,10 +128,11 @@ class Recorder:
 
 
 def test_no_tile_is_larger_than_told(vae: Vae) -> None:
-    """However large the image: what runs at once is a tile, or an image shrunk to 256 pixels."""
+    """However large the image: what runs at once is a tile, or an image shrunk to 256x256."""
     recorder = Recorder(vae.cut["decoder"])
-    TiledVae(recorder, SIDE).decode(vae.latents(picture(640, 512)))
-    assert max(side for shape in recorder.shapes for side in shape[-2:]) <= 256 // 4
+    TiledVae(recorder, vae.stride, SIDE).decode(vae.latents(picture(640, 512)))
+    largest = max(shape[-2] * shape[-1] for shape in recorder.shapes)
+    assert largest <= (256 // vae.stride) ** 2
 
 
 @given(
@@ -158,4 +160,4 @@ def test_a_graph_that_keeps_its_size_is_refused() -> None:
     parameter = ov.opset13.parameter([1, 4, -1, -1], ov.Type.f32)
     graph = ov.Model([ov.opset13.relu(parameter)], [parameter])
     with pytest.raises(ValueError, match="cannot be cut"):
-        cut(graph)
+        cut(graph, 4)
