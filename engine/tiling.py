@@ -107,6 +107,7 @@ class TiledVae:
 
     Args:
         compiled: The cut graph, compiled: called with its inputs by name, it gives its outputs.
+            What it holds between calls can be released: a half needs nothing of the other's.
         stride: Where it was cut; see `STRIDES`.
         side: Pixels on a tile's side, less what it overlaps its neighbours; a multiple of 8.
 
@@ -139,11 +140,13 @@ class TiledVae:
     def decode(self, latents: Array) -> Array:
         """Turn latents (1, C, h, w) into pixels (1, 3, H, W)."""
         maps = self._run(self._unknown, whole=latents)[WHOLE_OUT]
+        self._compiled.release_memory()
         return self._in_tiles(maps, grain=1, pixels=self._stride)
 
     def encode(self, pixels: Array) -> Array:
         """Turn pixels (1, 3, H, W), sides multiples of the stride, into moments (1, 2 C, h, w)."""
         maps = self._in_tiles(pixels, grain=self._stride, pixels=1)
+        self._compiled.release_memory()
         moments: Array = self._run(self._unknown, whole=maps)[WHOLE_OUT]
         return moments
 

@@ -11,7 +11,7 @@ from tests.benchmarks.worker import peak_bytes
 if TYPE_CHECKING:
     from tests.benchmarks.workload import Workload
 
-BUDGET = 2**33
+BUDGET = 2**32
 SIDE = 1024
 
 

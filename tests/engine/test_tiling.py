@@ -122,6 +122,9 @@ class Recorder:
     def input(self, name: str) -> Any:
         return self.compiled.input(name)
 
+    def release_memory(self) -> None:
+        self.compiled.release_memory()
+
     def __call__(self, inputs: dict[str, Any]) -> Any:
         self.shapes.append(inputs[TILE].shape)
         return self.compiled(inputs)
