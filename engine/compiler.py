@@ -17,6 +17,7 @@ import numpy as np
 from holdfast.engine.devices import PRECISION, in_force, is_physical
 from holdfast.engine.errors import CompileError
 from holdfast.engine.faults import compile_errors, last_line
+from holdfast.engine.gates import split_gates
 from holdfast.engine.heartbeat import heartbeat
 from holdfast.engine.imports import runtime
 from holdfast.engine.keys import DYNAMIC, ComponentKey, GraphKey
@@ -245,6 +246,8 @@ class Compiler:
 
     def _compile(self, graph: ov.Model, key: ComponentKey) -> Component:
         self._checkpoint("compile")
+        if key.device == "CPU":
+            graph = split_gates(graph)
         if key.shape in STRIDES:
             from holdfast.engine.cutting import cut
 
