@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NEAR = (("Holdfast", "GenAI", "Floor"),)
 FAR = (("Optimum",), ("Reload",), ("Diffusers",))
 """So much slower or larger that one run beside the first one tells."""
-INT8_GROUP = ("HoldfastInt8", "GenAI", "HoldfastInt8Weights")
+INT8_GROUP = ("HoldfastInt8", "GenAI", "HoldfastInt8Static", "HoldfastInt8Weights")
 PROMPT = "a large red circle on a blue background, {}"
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LABELS = {
     "Holdfast": "Holdfast",
     "HoldfastInt8": 'Holdfast, `precision="int8"`',
+    "HoldfastInt8Static": 'Holdfast, `precision="int8"`, `shapes="static"`',
     "HoldfastInt8Weights": 'Holdfast, `precision="int8-weights"`',
     "GenAI": "openvino-genai, shared models",
     "Optimum": "optimum-intel, two pipelines",
@@ -42,6 +43,11 @@ GOALS = (
     ("... wall", ("peers", "Holdfast", "GenAI", "warm"), 1.0),
     ("... against the floor, CPU", ("peers", "Holdfast", "Floor", "warm_cpu"), 1.03),
     ("... `int8` against openvino-genai, CPU", ("int8", "HoldfastInt8", "GenAI", "warm_cpu"), 0.65),
+    (
+        "... `int8` with static shapes, CPU",
+        ("int8", "HoldfastInt8Static", "GenAI", "warm_cpu"),
+        0.65,
+    ),
     ("start to first image against openvino-genai, CPU",
      ("peers", "Holdfast", "GenAI", "start_cpu"), 1.1),
     ("... wall", ("peers", "Holdfast", "GenAI", "start"), 1.1),

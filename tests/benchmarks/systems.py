@@ -72,6 +72,12 @@ class HoldfastInt8(Holdfast):
     settings: ClassVar = {"precision": "int8"}
 
 
+class HoldfastInt8Static(Holdfast):
+    """The same, with a denoiser for each size."""
+
+    settings: ClassVar = {"precision": "int8", "shapes": "static"}
+
+
 class HoldfastInt8Weights(Holdfast):
     """One engine with the denoiser's weights in 8 bits."""
 
