@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # What stands between a constant and the layer that reads it, in 16 bits and in 8.
 _UNPACKING = ("Convert", "Multiply", "Subtract", "FakeQuantize")
+_KINDS = ("f32", "f16", "i8", "u8")
+"""Of constants that NumPy can cut."""
 
 
 class _Unit(NamedTuple):
@@ -68,7 +70,7 @@ def split_gates(graph: ov.Model) -> ov.Model:
 
 def _units(graph: ov.Model) -> Iterator[_Unit]:
     for split in graph.get_ordered_ops():
-        if split.get_type_name() != "VariadicSplit":
+        if split.get_type_name() != "VariadicSplit" or not _is_of_last_axis(split):
             continue
         gelus = [use for use in split.output(1).get_target_inputs() if _kind(use) == "Gelu"]
         bias = split.input_value(0).get_node()
@@ -82,6 +84,13 @@ def _units(graph: ov.Model) -> Iterator[_Unit]:
             and all(_is_ours(each.input_value(1)) for each in (product, bias))
         ):
             yield _Unit(product, bias, split)
+
+
+def _is_of_last_axis(split: ov.Node) -> bool:
+    axis, rank = split.input_value(1).get_node(), split.get_input_partial_shape(0).rank
+    if axis.get_type_name() != "Constant":
+        return False
+    return int(axis.data) == -1 or (rank.is_static and int(axis.data) == rank.get_length() - 1)
 
 
 def _kind(use: ov.Input) -> str:
@@ -102,7 +111,7 @@ def _is_ours(output: ov.Output) -> bool:
     """Whether constants alone make it, and nothing else reads what is made of them."""
     node = output.get_node()
     if node.get_type_name() == "Constant":
-        return True
+        return node.get_element_type().get_type_name() in _KINDS
     return (
         node.get_type_name() in _UNPACKING
         and len(output.get_target_inputs()) == 1
@@ -122,7 +131,7 @@ def _keep_rows(reader: ov.Node, port: int, width: int, rows: slice) -> None:
     shape = list(node.get_output_shape(0))
     if width in shape:
         part = node.data[(slice(None),) * shape.index(width) + (rows,)]
-        cut = ov.op.Constant(np.asarray(_Shared(part)), shared_memory=True)
+        cut = ov.op.Constant(np.asarray(_Shared(np.ascontiguousarray(part))), shared_memory=True)
         cut.set_friendly_name(node.get_friendly_name())
         reader.input(port).replace_source_output(cut.output(0))
 

@@ -25,13 +25,14 @@ def weights(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def geglu(*, half: bool = False, told: bool = False) -> ov.Model:
+def geglu(*, half: bool = False, told: bool = False, axis: int = -1) -> ov.Model:
     """
     Return a gated linear unit as an export has it.
 
     Args:
         half: Weights in float16.
         told: The product before the split is a result as well.
+        axis: That is split.
     """
 
     def constant(values: np.ndarray) -> Any:
@@ -44,9 +45,9 @@ def geglu(*, half: bool = False, told: bool = False) -> ov.Model:
         given, constant(weights(1, 4 * WIDTH, WIDTH)), transpose_a=False, transpose_b=True
     )
     whole = ops.add(product, constant(weights(2, 1, 1, 4 * WIDTH)))
-    last = ops.gather(ops.shape_of(whole), ops.constant(2), ops.constant(0))
+    last = ops.gather(ops.shape_of(whole), ops.constant(axis % 3), ops.constant(0))
     lengths = ops.broadcast(ops.divide(last, ops.constant(np.int64(2))), ops.constant([2]))
-    split = ops.variadic_split(whole, ops.constant(-1), lengths)
+    split = ops.variadic_split(whole, ops.constant(axis), lengths)
     gated = ops.multiply(split.output(0), ops.gelu(split.output(1), "erf"))
     return ov.Model([gated, whole] if told else [gated], [given], "geglu")
 
@@ -61,10 +62,10 @@ def outcome(graph: ov.Model, inputs: Any) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_value_and_gate_come_from_layers_of_their_own(half: bool) -> None:  # noqa: FBT001 - a case
+@pytest.mark.parametrize("form", [{}, {"half": True}, {"axis": 2}], ids=str)
+def test_value_and_gate_come_from_layers_of_their_own(form: dict[str, Any]) -> None:
     """They are the rows of the one layer, and what comes out is the same."""
-    graph = geglu(half=half)
+    graph = geglu(**form)
     parted = split_gates(graph)
     assert kinds(parted).count("MatMul") == 2
     assert not {"VariadicSplit", "ShapeOf"} & set(kinds(parted))
@@ -104,6 +105,11 @@ def constants(graph: ov.Model, rows: int) -> list[ov.op.Constant]:
 
 def test_a_product_that_is_wanted_whole_stays_whole() -> None:
     graph = geglu(told=True)
+    assert split_gates(graph) is graph
+
+
+def test_a_split_of_tokens_is_no_gate() -> None:
+    graph = geglu(axis=1)
     assert split_gates(graph) is graph
 
 
