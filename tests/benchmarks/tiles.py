@@ -49,7 +49,7 @@ class Tiles:
             "first_decode": first["seconds"],
             "encode": encode["seconds"],
             "decode": last["seconds"],
-            "tiled": float(first["tiled"] and encode["tiled"] and last["tiled"]),
+            "tiled": float(encode["tiled"] and last["tiled"]),
             "degradations": len(result.degradations),
             "side": result.images[0].width,
         }
