@@ -4,7 +4,8 @@ Gated linear units in two linear layers in place of one.
 An export has a GEGLU (N. Shazeer, arXiv:2002.05202, section 2) as one linear layer whose result is
 split into a value and its gate. OpenVINO's CPU plugin then writes that result, copies its halves,
 and reads and writes the gate once more for its GELU. A layer for each half, with the very weights,
-spares all that: the GELU becomes a part of the gate's layer.
+spares all that: the GELU becomes a part of the gate's layer. On a GPU OpenVINO fuses the split
+itself.
 """
 
 from __future__ import annotations
@@ -31,12 +32,6 @@ class _Unit(NamedTuple):
     bias: ov.Node
     split: ov.Node
 
-    @property
-    def width(self) -> int:
-        """Of the product: value and gate side by side."""
-        width: int = self.product.input_value(1).get_partial_shape()[0].get_length()
-        return width
-
 
 def split_gates(graph: ov.Model) -> ov.Model:
     """
@@ -53,7 +48,7 @@ def split_gates(graph: ov.Model) -> ov.Model:
     values, gates = graph.clone(), graph.clone()
     others = {node.get_friendly_name(): node for node in gates.get_ops()}
     for unit in list(_units(values)):
-        width = unit.width
+        width = unit.product.input_value(1).get_partial_shape()[0].get_length()
         gate = _Unit(*(others[node.get_friendly_name()] for node in unit))
         gate.product.input(0).replace_source_output(unit.product.input_value(0))
         for port, each in enumerate((unit, gate)):
@@ -72,9 +67,9 @@ def _units(graph: ov.Model) -> Iterator[_Unit]:
     for split in graph.get_ordered_ops():
         if split.get_type_name() != "VariadicSplit" or not _is_of_last_axis(split):
             continue
-        gelus = [use for use in split.output(1).get_target_inputs() if _kind(use) == "Gelu"]
+        readers = [use.get_node().get_type_name() for use in split.output(1).get_target_inputs()]
         bias = split.input_value(0).get_node()
-        if len(gelus) != 1 or bias.get_type_name() != "Add":
+        if readers.count("Gelu") != 1 or bias.get_type_name() != "Add":
             continue
         product = bias.input_value(0).get_node()
         if (
@@ -91,11 +86,6 @@ def _is_of_last_axis(split: ov.Node) -> bool:
     if axis.get_type_name() != "Constant":
         return False
     return int(axis.data) == -1 or (rank.is_static and int(axis.data) == rank.get_length() - 1)
-
-
-def _kind(use: ov.Input) -> str:
-    kind: str = use.get_node().get_type_name()
-    return kind
 
 
 def _ends_in(split: ov.Node, node: ov.Node) -> bool:

@@ -16,6 +16,7 @@ from holdfast.engine.families import VAE_DECODER, VAE_ENCODER, family_of
 from holdfast.engine.imports import heavy, quiet, tokenizing
 from holdfast.engine.integrity import read_json
 from holdfast.engine.schedulers import SCHEDULERS, make_scheduler, short_name
+from holdfast.engine.tiling import SIDE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -245,7 +246,7 @@ class Model:
 _FLOAT_BYTES = 4
 _VAE_MAPS = 9
 _TILE_MAPS = 16
-_TILE_PIXELS = 500 * 500
-"""Of a tile, with what it overlaps its neighbours."""
+_TILE_PIXELS = (SIDE + 2 * 58) ** 2
+"""Of a tile, with what the VAE of Stable Diffusion 1.5 sees of its neighbours, at most."""
 _LIVE_ACTIVATIONS = 40
 """Feature maps of the first level's width that live at once, roughly, attention included."""

@@ -69,11 +69,9 @@ class Settings:
             setup = setup.with_loras(loras)
         keys = keys_for(self.model.family, setup, mode, geometry, scale)
         room = budget_bytes(self.config.memory_budget) - sum(map(self.bytes, keys.values()))
-        return {
-            name: replace(key, shape=self._shape(key, geometry, room))
-            if name in (VAE_DECODER, VAE_ENCODER)
-            else key
-            for name, key in keys.items()
+        vae = {VAE_DECODER, VAE_ENCODER} & keys.keys()
+        return keys | {
+            name: replace(keys[name], shape=self._shape(keys[name], geometry, room)) for name in vae
         }
 
     def _shape(self, vae: ComponentKey, geometry: Geometry, room: int) -> str:
