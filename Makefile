@@ -23,7 +23,7 @@ demo/contents.txt: .venv/ready $(SOURCES)
 	.venv/bin/holdfast demo demo > $@
 
 test: .venv/ready-to-test
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: .venv/ready-to-test
 	mkdir -p build/namespace/holdfast
@@ -32,9 +32,11 @@ check: .venv/ready-to-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy -p holdfast.states -p holdfast.engine
+	.venv/bin/lint-imports --no-logo --no-cache
 
 docs: demo
 	cp demo/contact-sheet.png docs/demo.png
+	.venv/bin/python docs/typed.py
 	.venv/bin/python docs/reference.py
 
 bench: .venv/ready-to-test

@@ -15,46 +15,53 @@ import secrets
 import time
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-import platformdirs
-
-from holdfast.engine.config import EngineConfig
 from holdfast.engine.errors import InvalidRequest
-from holdfast.engine.events import Emitter
-from holdfast.engine.logbook.write import JsonLines
-from holdfast.engine.owner import Owner
-from holdfast.engine.recorder import FlightRecorder, crash_found
+from holdfast.engine.jobs.worker import Worker
+from holdfast.engine.logbook.events import Emitter
+from holdfast.engine.logbook.recorder import FlightRecorder, crash_found
+from holdfast.engine.logbook.writing import JsonLines
+from holdfast.engine.requests.config import FIXED, EngineConfig, users_cache
+from holdfast.engine.requests.kinds import Request
+from holdfast.engine.requests.told import (
+    shown,
+    told_machine,
+    told_path,
+    told_request,
+    told_settings,
+)
 from holdfast.engine.service import Service
 from holdfast.engine.subscribers import Subscribers
 from holdfast.states import Lifecycle, Mode, State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Mapping
+    from pathlib import Path
     from types import TracebackType
+    from typing import Unpack
 
-    from holdfast.engine.jobs import Job
-    from holdfast.engine.plan import Plan
-    from holdfast.engine.requests import Request
-    from holdfast.engine.result import Result
+    from holdfast.engine.compiling.plan import Plan
+    from holdfast.engine.jobs.job import Job
+    from holdfast.engine.requests.given import EngineChanges, EngineSettings
+    from holdfast.engine.results.result import Result
     from holdfast.engine.subscribers import Event
 
+EventT = TypeVar("EventT", bound="Event")
 _LIBRARIES = (
     "holdfast", "openvino", "optimum-intel", "diffusers", "transformers", "torch", "transitions",
     "structlog",
 )  # fmt: skip
-_FIXED = ("cache_dir", "cache_limit", "log_file", "flight_recorder", "queue_limit", "order")
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """
-    Where an engine stands.
+    The state of an engine at one moment.
 
     Attributes:
-        state: Of the lifecycle.
-        mode: In service, or that a recompile began in; None while unloaded.
+        state: The lifecycle's state.
+        mode: The mode in service; in a recompile, the one it began in; None while unloaded.
         activity: ``"idle"``, ``"compiling"``, ``"running"`` or ``"cancelling"``.
         held: Digest of the key of every compiled component.
         lora: Name and weight of each LoRA in force.
@@ -73,8 +80,8 @@ class Engine:
     """
     Makes images with one diffusion model on OpenVINO.
 
-    Nothing is loaded until it is needed: the first request, `load`, `plan` or `prepare` finds the
-    model, and a missing one is told then. Close it, or use it as a context manager.
+    Nothing is loaded until it is needed. The first request, `load`, `plan` or `prepare` finds the
+    model, and fails if there is none. Close the engine, or use it as a context manager.
 
     Args:
         model: See `EngineConfig.model`; or a whole `EngineConfig`.
@@ -84,49 +91,62 @@ class Engine:
         InvalidRequest: A setting is unknown or out of its range.
     """
 
-    def __init__(self, model: str | Path | EngineConfig = "demo", **settings: Any) -> None:
+    def __init__(
+        self, model: str | Path | EngineConfig = "demo", **settings: Unpack[EngineSettings]
+    ) -> None:
         self._closed = True  # until it is whole: a failed construction leaves nothing to close
         if isinstance(model, EngineConfig):
             config = model.but(**settings) if settings else model
         else:
             config = EngineConfig(model=model, **settings)
         self._id = secrets.token_hex(4)
-        crashed = None if config.flight_recorder is None else crash_found(config.flight_recorder)
-        files = _log_files(config)
+        cache = config.cache_dir or users_cache()
+        crashed, files = _log_files(config)
         self._emit = Emitter(self._id, files)
         self._lifecycle = Lifecycle(self._emit)
-        self._owner = Owner(
-            f"holdfast-{self._id}", self._emit, queue_limit=config.queue_limit, order=config.order
+        self._worker = Worker(
+            f"holdfast-{self._id}",
+            self._emit,
+            self._lifecycle,
+            queue_limit=config.queue_limit,
+            order=config.order,
         )
-        self._subscribers = Subscribers(self._owner)
-        from holdfast.engine.diskcache import DiskCache  # late: filelock brings asyncio, and ssl
+        self._subscribers = Subscribers(self._worker)
+        from holdfast.engine.models.diskcache import (
+            DiskCache,  # late: filelock brings asyncio, and ssl
+        )
 
-        cache_dir = config.cache_dir or Path(platformdirs.user_cache_dir("holdfast"))
         versions = {name: _version(name) for name in _LIBRARIES}
         self._service = Service(
             config,
             self._lifecycle,
-            DiskCache(cache_dir, config.cache_limit, self._emit),
+            DiskCache(cache, config.cache_limit, self._emit),
             self._emit,
             versions=versions,
             subscribers=self._subscribers,
         )
-        self._release = functools.partial(
-            _release, self._service, self._subscribers, self._emit, files, time.monotonic()
+        self._release = _Release(
+            self._service,
+            self._emit,
+            {
+                "subscribers": self._subscribers.close,
+                **{str(file): functools.partial(_close, file, self._emit) for file in files},
+            },
         )
         self._closed = False
         self._emit(
             "engine.opened",
             versions=versions,
-            model=str(config.model),
+            model=told_path(config.model),
             device_asked=config.device,
+            settings=told_settings(config.model_dump()),
+            machine=told_machine(),
             config_digest=hashlib.blake2b(config.to_json().encode(), digest_size=8).hexdigest(),
             platform=platform.platform(),
         )
         if crashed is not None:
             self._emit("engine.crash_found", **crashed)
-        if config.idle_unload is not None:
-            self._owner.idle(config.idle_unload, self._service.rest)
+        self._worker.idle(self._service.idle_seconds, self._service.rest)
 
     def __repr__(self) -> str:
         config = self._service.config
@@ -144,10 +164,10 @@ class Engine:
         self.close()
 
     def __del__(self) -> None:
-        if not self._closed:
+        if not self._closed and not self._worker.is_forked:
             warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=1)
             self._closed = True
-            self._owner.close(wait=False, release=self._release)
+            self._worker.close(cancel=True, timeout=0, release=self._release)
 
     @property
     def config(self) -> EngineConfig:
@@ -161,18 +181,19 @@ class Engine:
 
     @property
     def mode(self) -> Mode | None:
-        """The mode in service, or that a recompile began in; None while unloaded."""
+        """The mode in service; in a recompile, the one it began in; None while unloaded."""
         return self._lifecycle.mode
 
     @property
     def activity(self) -> str:
-        """What goes on: ``"idle"``, ``"compiling"``, ``"running"`` or ``"cancelling"``."""
-        job = self._owner.running
+        """What it is doing: ``"idle"``, ``"compiling"``, ``"running"`` or ``"cancelling"``."""
+        job = self._worker.running
         if job is None:
             return "idle"
         if job.status == "cancelling":
             return "cancelling"
-        return "compiling" if job.progress.phase.startswith("prepare") else "running"
+        compiles = job.progress.phase.startswith(("prepare", "import"))
+        return "compiling" if compiles else "running"
 
     def snapshot(self) -> Snapshot:
         """Return where the engine stands."""
@@ -193,12 +214,15 @@ class Engine:
         State afterwards: ``compiled-<mode>``; where it fails: ``unloaded``.
 
         Raises:
+            InvalidRequest: There is no such mode.
             IllegalTransition: Something is loaded already.
             ModelSourceError: The model cannot be found, read or exported.
             CompileError: A component could not be compiled.
         """
-        wanted = Mode(mode)
-        self._owner.call("load", lambda job: self._service.load(job, wanted))
+        asked = told_settings({"mode": mode})
+        with self._worker.checking("load", asked):
+            wanted = _mode(mode)
+        self._worker.call("load", lambda job: self._service.load(job, wanted), asked)
 
     def switch(self, mode: Mode | str) -> None:
         """
@@ -207,15 +231,18 @@ class Engine:
         State afterwards: ``compiled-<mode>``; where it fails: unchanged.
 
         Raises:
+            InvalidRequest: There is no such mode.
             IllegalTransition: Nothing is loaded, or the mode is in service already.
             CompileError: A component could not be compiled.
         """
-        wanted = Mode(mode)
-        self._owner.call("switch", lambda job: self._service.switch(job, wanted))
+        asked = told_settings({"mode": mode})
+        with self._worker.checking("switch", asked):
+            wanted = _mode(mode)
+        self._worker.call("switch", lambda job: self._service.switch(job, wanted), asked)
 
-    def configure(self, **changes: Any) -> Plan:
+    def configure(self, **changes: Unpack[EngineChanges]) -> Plan:
         """
-        Change settings; what they touch is recompiled, and the state afterwards is the one before.
+        Change settings, and recompile what they affect. State afterwards: the one before.
 
         Args:
             **changes: Fields of `EngineConfig`.
@@ -229,26 +256,29 @@ class Engine:
             CompileError: A component could not be compiled: settings and components are the ones
                 from before.
         """
-        return self._owner.call(
-            "configure", lambda job: self._service.configure(job, self._changed(changes))
+        asked = told_settings(changes)
+        with self._worker.checking("configure", asked):
+            self._changed(changes)
+        return self._worker.call(
+            "configure", lambda job: self._service.configure(job, self._changed(changes)), asked
         )
 
     def recompile(self) -> Plan:
         """
-        Compile everything that serves again. The state afterwards is the one before.
+        Compile every component in service again. State afterwards: the one before.
 
         Raises:
             IllegalTransition: Nothing is loaded.
-            CompileError: A component could not be compiled; what served before still does.
+            CompileError: A component could not be compiled; the ones from before are in service.
         """
-        made: Plan = self._owner.call("recompile", self._service.recompile)
+        made: Plan = self._worker.call("recompile", self._service.recompile)
         return made
 
     def unload(self) -> None:
         """Give all components and their memory back. State afterwards: ``unloaded``."""
-        self._owner.call("unload", lambda _: self._service.unload("asked for"))
+        self._worker.call("unload", lambda _: self._service.unload("asked for"))
 
-    def plan(self, request: Request | None = None, /, **changes: Any) -> Plan:
+    def plan(self, request: Request | None = None, /, **changes: Unpack[EngineChanges]) -> Plan:
         """
         Return what a request, or a change of settings, would take. Nothing that serves changes.
 
@@ -256,8 +286,16 @@ class Engine:
             InvalidRequest: It could not be served at all.
             ModelSourceError: The model or a LoRA is refused.
         """
-        return self._owner.call(
-            "plan", lambda _: self._service.plan(request or self._changed(changes))
+        asked = told_settings(changes) if request is None else told_request(request)
+        with self._worker.checking("plan", asked):
+            if request is None:
+                self._changed(changes)
+            else:
+                self._check_request(request, "planned")
+        return self._worker.call(
+            "plan",
+            lambda _: self._service.plan(self._changed(changes) if request is None else request),
+            asked,
         )
 
     def prepare(self, request: Request) -> Plan:
@@ -269,11 +307,14 @@ class Engine:
             ModelSourceError: The model or a LoRA is refused.
             CompileError: A component could not be compiled.
         """
-        return self._owner.call("prepare", lambda job: self._service.prepare(job, request))
+        asked = told_request(request)
+        with self._worker.checking("prepare", asked):
+            self._check_request(request, "to be prepared")
+        return self._worker.call("prepare", lambda job: self._service.prepare(job, request), asked)
 
     def run(self, request: Request) -> Result:
         """
-        Serve a request and wait for it. An interrupt of the waiting thread stops it.
+        Serve a request and wait for it. An interrupt of the waiting thread (Ctrl-C) stops it.
 
         State afterwards: the mode of its last pass; where it fails: the error's `state_after`.
 
@@ -283,7 +324,7 @@ class Engine:
             CompileError: What it needs could not be put in service.
             GenerationError: A pass failed.
             Cancelled: It was stopped.
-            QueueFull: As many requests wait as may.
+            QueueFull: `queue_limit` requests wait already.
             EngineClosed: The engine was closed.
         """
         return self.submit(request).bound_result()
@@ -296,16 +337,20 @@ class Engine:
 
         Args:
             request: What to make.
-            priority: Higher ones come first.
-            deadline: Seconds from now, waiting included, after which it is stopped.
+            priority: Requests with a higher one run first.
+            deadline: Seconds from now, over 0, after which it is stopped, even in the queue.
 
         Raises:
-            QueueFull: As many requests wait as may.
+            InvalidRequest: `priority` is no whole number, or `deadline` is not over 0.
+            QueueFull: `queue_limit` requests wait already.
             EngineClosed: The engine was closed.
         """
-        return self._owner.submit(
+        with self._worker.checking("submit", {"request": type(request).__name__}):
+            self._check_request(request, "submitted")
+        return self._worker.submit(
             request.kind,
             lambda job: self._service.run(job, request),
+            asked=told_request(request),
             priority=priority,
             deadline=deadline,
             recompiles=lambda: bool(self._service.plan(request).compiles),
@@ -313,12 +358,30 @@ class Engine:
 
     def job(self, job_id: str) -> Job[Any]:
         """
-        Return the job with this `Job.id`: while it waits or runs, and as long as anybody holds it.
+        Return the job with this `Job.id`, as long as it waits, runs, or anybody has a reference.
 
         Raises:
             InvalidRequest: There is no such job.
         """
-        return self._owner.job(job_id)
+        return self._worker.job(job_id)
+
+    @overload
+    def subscribe(
+        self,
+        callback: Callable[[EventT], object],
+        kinds: Collection[type[EventT]],
+        *,
+        preview_every: int = 1,
+    ) -> Callable[[], None]: ...
+
+    @overload
+    def subscribe(
+        self,
+        callback: Callable[[Event], object],
+        kinds: None = None,
+        *,
+        preview_every: int = 1,
+    ) -> Callable[[], None]: ...
 
     def subscribe(
         self,
@@ -331,7 +394,7 @@ class Engine:
         Have `callback` called with every later event, in a thread of its own.
 
         Args:
-            callback: Takes one event; see `holdfast.engine.subscribers`.
+            callback: Takes one event; see `Event` and its subclasses.
             kinds: Classes of events to receive. None: all.
             preview_every: Steps from one preview to the next.
 
@@ -349,30 +412,53 @@ class Engine:
 
         Args:
             sink: Takes one event as a mapping; must be quick, for the engine waits for it. Where
-                it raises it is dropped, and the log says so.
+                it raises, it is dropped, and the log says so. If it has an attribute
+                `goes_on_after`, a tuple of classes of errors, it is not dropped for these.
 
         Returns:
             A function that ends it.
+
+        Raises:
+            InvalidRequest: `sink` cannot be called.
         """
+        if not callable(sink):
+            msg = f"{shown(sink)} was to be called with events, but it is no function; give one."
+            raise InvalidRequest(msg, state_after=self.state.value)
         self._emit.add_sink(sink)
         return lambda: self._emit.remove_sink(sink)
 
-    def close(self, *, wait: bool = True, timeout: float | None = None) -> bool:
+    def close(self, *, cancel: bool = False, timeout: float | None = None) -> bool:
         """
-        Give everything back. May be called again. State afterwards: ``unloaded``.
+        Release everything, and return when that is done. May be called again.
+
+        State afterwards: ``unloaded``.
 
         Args:
-            wait: Let the running job end; else it is cancelled.
+            cancel: Stop the running job. False: wait until it ends.
             timeout: Seconds to wait at most; then the running job is cancelled.
 
         Returns:
-            Whether everything has ended.
-        """
-        self._closed = True
-        return self._owner.close(wait=wait, timeout=timeout, release=self._release)
+            Whether everything has ended and was given back. Where it has not, call it again.
 
-    def _changed(self, changes: dict[str, Any]) -> EngineConfig:
-        fixed = sorted(set(changes) & set(_FIXED))
+        Raises:
+            InvalidRequest: `timeout` is no number; nothing was closed.
+        """
+        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout == timeout):  # noqa: PLR0124 - a NaN is no number
+            msg = f"close was called with the timeout {shown(timeout)}; give seconds, or None."
+            raise InvalidRequest(msg, state_after=self.state.value)
+        self._closed = True
+        return self._worker.close(cancel=cancel, timeout=timeout, release=self._release)
+
+    def _check_request(self, request: object, what: str) -> None:
+        if not isinstance(request, Request):
+            msg = (
+                f"{type(request).__name__} was {what}, which is no request; make one such as "
+                "Txt2Img or Hires, or read one with request_from_json."
+            )
+            raise InvalidRequest(msg, state_after=self.state.value)
+
+    def _changed(self, changes: Mapping[str, Any]) -> EngineConfig:
+        fixed = sorted(set(changes) & set(FIXED))
         if fixed:
             msg = (
                 f"{', '.join(fixed)} cannot be changed on an open engine; open another one with "
@@ -382,35 +468,79 @@ class Engine:
         return self.config.but(**changes)
 
 
-def _log_files(config: EngineConfig) -> tuple[JsonLines | FlightRecorder, ...]:
+def _log_files(
+    config: EngineConfig,
+) -> tuple[dict[str, Any] | None, tuple[JsonLines | FlightRecorder, ...]]:
+    """Return what the last process died in, as far as that is known, and the open files."""
+    recorder = config.flight_recorder
     try:
-        return (
+        crashed = None if recorder is None else crash_found(recorder)
+        return crashed, (
             *([] if config.log_file is None else [JsonLines(config.log_file)]),
-            *([] if config.flight_recorder is None else [FlightRecorder(config.flight_recorder)]),
+            *([] if recorder is None else [FlightRecorder(recorder)]),
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         msg = f"The log was to be written, but that is not possible: {error}. Give another path."
         raise InvalidRequest(msg) from error
 
 
-def _release(
-    service: Service,
-    subscribers: Subscribers,
-    emit: Emitter,
-    files: Iterable[JsonLines | FlightRecorder],
-    opened_at: float,
-) -> None:
-    """Give back in the reverse order of taking. Holds no engine: one may be collected unclosed."""
-    service.release()
-    emit(
-        "engine.closed",
-        state=State.UNLOADED.value,
-        uptime_seconds=round(time.monotonic() - opened_at, 3),
-    )
-    subscribers.close()
-    for file in files:
-        emit.remove_sink(file)
-        file.close()
+class _Release:
+    """
+    Gives back in the reverse order of taking: each step is tried, whatever became of those before.
+
+    Holds no engine: one may be collected unclosed. Called again, it does what had failed.
+
+    Args:
+        service: Given back first.
+        emit: Told ``engine.closed`` after that.
+        rest: What is given back then, by name.
+    """
+
+    def __init__(
+        self, service: Service, emit: Emitter, rest: Mapping[str, Callable[[], None]]
+    ) -> None:
+        self._emit = emit
+        self._opened_at = time.monotonic()
+        self._service = service
+        self._steps = {"engine": service.release, "log": self._tell, **rest}
+
+    def __call__(self) -> bool:
+        for name, step in tuple(self._steps.items()):
+            try:
+                step()
+            except BaseException as error:  # noqa: BLE001 - closing always closes: what comes after is given back too
+                self._emit("release.failed", what=name, error=f"{type(error).__name__}: {error}")
+            else:
+                del self._steps[name]
+        return not self._steps
+
+    def _tell(self) -> None:
+        self._emit(
+            "engine.closed",
+            state=self._service.facts()["state"],
+            uptime_seconds=round(time.monotonic() - self._opened_at, 3),
+        )
+
+
+def _mode(asked: Mode | str) -> Mode:
+    if isinstance(asked, str) and asked in tuple(Mode):
+        return Mode(asked)
+    msg = f"the mode {shown(asked)} was asked for; there are {', '.join(Mode)}."
+    raise InvalidRequest(msg)
+
+
+def _close(file: JsonLines | FlightRecorder, emit: Emitter) -> None:
+    emit.remove_sink(file)
+    file.close()
+    if isinstance(file, JsonLines):
+        emit.add_sink(functools.partial(_append, file.path))
+
+
+def _append(path: Path, event: Mapping[str, Any]) -> None:
+    """Write what is told of an engine that is closed, such as a refused job; hold no file open."""
+    if path.exists():
+        with JsonLines(path) as file:
+            file(event)
 
 
 def _version(distribution: str) -> str:

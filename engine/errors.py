@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import TYPE_CHECKING
 
 from holdfast.states.errors import HoldfastError, IllegalTransition
@@ -39,7 +40,7 @@ class LoraError(ModelSourceError):
 
 class CompileError(HoldfastError):
     """
-    A component could not be put in service; the ones from before are, unless the text says so.
+    A component could not be put in service; the old ones are, unless the text says otherwise.
 
     Attributes:
         component: Name of the component that failed, for example ``"unet"``.
@@ -55,7 +56,7 @@ class CompileError(HoldfastError):
 
 
 class GenerationError(HoldfastError):
-    """A pass failed while it ran. The components stay in service; the engine can be used on."""
+    """A pass failed while it ran. The engine is ready for the next job."""
 
 
 class Cancelled(HoldfastError):  # noqa: N818 - the name is part of the public contract
@@ -65,7 +66,7 @@ class Cancelled(HoldfastError):  # noqa: N818 - the name is part of the public c
     Attributes:
         phase: What was going on when the request to stop was noticed, for example ``"step"``.
         seconds_to_stop: Time from the request to stop until it was noticed.
-        first_pass: Images of the first pass, where they were to be kept and existed.
+        first_pass: Images of the first pass, if they were to be kept and it was complete.
     """
 
     def __init__(
@@ -84,8 +85,20 @@ class Cancelled(HoldfastError):  # noqa: N818 - the name is part of the public c
 
 
 class QueueFull(HoldfastError):  # noqa: N818 - the name is part of the public contract
-    """The engine's queue holds as many jobs as it may. Wait for one to end, or cancel one."""
+    """The engine's queue is full. Wait until a job ends, or cancel one."""
 
 
 class EngineClosed(HoldfastError):  # noqa: N818 - the name is part of the public contract
     """The engine was closed. Open another one."""
+
+
+def let_go(error: BaseException) -> None:
+    """Empty the frames behind an error: they would keep compiled models alive with it."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        one = pending.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            pending += (one.__cause__, one.__context__)

@@ -9,17 +9,20 @@ fails where torchvision does not fit torch. A host sees none of that: they are i
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import re
 import sys
 import threading
+import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from holdfast.states import Emit
 
@@ -30,6 +33,30 @@ _EARLY_LOGGERS = ("diffusers.utils.import_utils", "transformers.utils.import_uti
 _LOCK = threading.RLock()
 _UNTOLD: list[str] = []
 """Why torchvision was hidden, until there is a log to tell it to."""
+_TAKEN: dict[str, float] = {}
+"""Seconds that each import took which was made here, with all that it brought."""
+_TELLING: ContextVar[Emit | None] = ContextVar("telling", default=None)
+
+
+def lazily(module: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """
+    Return a module's ``__getattr__`` that loads each of its public names when it is first used.
+
+    Args:
+        module: Its name.
+        homes: Names by the module that each is defined in.
+    """
+    home_of = {name: home for home, names in homes.items() for name in names}
+
+    def load(name: str) -> Any:
+        if name not in home_of:
+            msg = f"module {module!r} has no attribute {name!r}"
+            raise AttributeError(msg)
+        value = getattr(importlib.import_module(home_of[name]), name)
+        setattr(sys.modules[module], name, value)
+        return value
+
+    return load
 
 
 def runtime() -> None:
@@ -40,8 +67,8 @@ def runtime() -> None:
     out, and nncf sends more. Both go silent where that package is not installed, and as such they
     see it here, during their own import. The package itself stays as the host has it.
     """
-    with _LOCK, _absent("openvino_telemetry"):
-        importlib.import_module("openvino")
+    with _told("openvino"), _LOCK, _absent("openvino_telemetry"):
+        _timed("openvino")
 
 
 def tokenizing(emit: Emit | None = None) -> None:
@@ -55,15 +82,17 @@ def tokenizing(emit: Emit | None = None) -> None:
     Args:
         emit: See `heavy`.
     """
-    with _LOCK, quiet():
+    with _told("transformers"), _LOCK, quiet(), _whole_streams():
         runtime()
+        if find_spec("torchvision") is not None:
+            _timed("torch")  # which torchvision brings in any case
         error = _unusable("torchvision")
         if error is not None:
             _hide("torchvision")
             _UNTOLD.append(error)
         while emit is not None and _UNTOLD:
             emit("imports.torchvision_hidden", level="warning", error=_UNTOLD.pop())
-        importlib.import_module("transformers.models.clip.tokenization_clip")
+        _timed("transformers.models.clip.tokenization_clip")
 
 
 def begin_heavy() -> None:
@@ -91,10 +120,58 @@ def heavy(emit: Emit | None = None) -> None:
     Args:
         emit: Told ``imports.torchvision_hidden`` where that was necessary, once in a process.
     """
-    with _LOCK, quiet():
+    with _told("optimum"), _LOCK, quiet(), _whole_streams():
         tokenizing(emit)
         with _absent("openvino_telemetry"), _process_settings_kept():
-            importlib.import_module("optimum.intel.openvino")
+            _timed("torch")
+            _timed("optimum.intel.openvino")
+
+
+def still_to_come() -> tuple[str, ...]:
+    """Return what a pass waits for and has not been imported, as ``imports.started`` names it."""
+    return tuple(wanted for wanted in ("transformers", "optimum") if wanted not in _TAKEN)
+
+
+def tell_imports(emit: Emit) -> None:
+    """
+    Log the imports that are waited for in this context from now on, with each library's seconds.
+
+    Args:
+        emit: Told ``imports.started``, and ``imports.completed`` or ``imports.failed``.
+    """
+    _TELLING.set(emit)
+
+
+@contextmanager
+def _told(wanted: str) -> Iterator[None]:
+    """Log a wait for imports, be they made here or in another thread; one within it is a part."""
+    emit = None if wanted in _TAKEN else _TELLING.get()
+    if emit is None:
+        yield
+        return
+    token, before, began = _TELLING.set(None), set(_TAKEN), time.perf_counter()
+    emit("imports.started", wanted=wanted)
+    try:
+        yield
+    except BaseException as error:
+        seconds = round(time.perf_counter() - began, 6)
+        emit(
+            "imports.failed",
+            level="error", wanted=wanted, error=f"{type(error).__name__}: {error}", seconds=seconds,
+        )  # fmt: skip
+        raise
+    else:
+        taken = {name: round(_TAKEN[name], 3) for name in _TAKEN if name not in before}
+        seconds = round(time.perf_counter() - began, 6)
+        emit("imports.completed", wanted=wanted, libraries=taken, seconds=seconds)
+    finally:
+        _TELLING.reset(token)
+
+
+def _timed(module: str) -> None:
+    began = time.perf_counter()
+    importlib.import_module(module)
+    _TAKEN.setdefault(module.partition(".")[0], time.perf_counter() - began)
 
 
 @contextmanager
@@ -105,7 +182,8 @@ def quiet() -> Iterator[None]:
     The host's own warnings and log records pass: the warning filter matches the libraries' modules
     only (``warnings.catch_warnings`` would mute the whole process, and left in another order by two
     threads would never let go), and the log filter, which stays with the libraries' loggers, stops
-    records of a thread inside such a block only.
+    records of a thread inside such a block only. Nor does the host get into the libraries: what
+    dtype it has made torch's default reaches nothing inside.
     """
     _muffle()
     _MUFFLER.depth += 1
@@ -115,12 +193,52 @@ def quiet() -> Iterator[None]:
     entered: Any = warnings.filters
     entered.insert(0, rule)
     try:
-        yield
+        with _float32_by_default():
+            yield
     finally:
         left: Any = warnings.filters  # Another list, where the host came or left a catch_warnings.
         for rules in (entered, left):
             rules[:] = [other for other in rules if other is not rule]
         _MUFFLER.depth -= 1
+
+
+_DTYPE_LOCK = threading.RLock()
+"""Held while torch's default dtype is Holdfast's and not the host's: it is the whole process's."""
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """
+    Let torch's functions, called on this thread, find float32 as the default dtype.
+
+    Schedulers and models rely on it. A host that has set another one keeps it: its own threads see
+    float32 at most while one single function computes.
+    """
+    torch: Any = sys.modules.get("torch")
+    with _DTYPE_LOCK:
+        as_ever = torch is None or torch.get_default_dtype() is torch.float32
+    with nullcontext() if as_ever else _float32_mode():
+        yield
+
+
+def _float32_mode() -> Any:
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Float32(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            del types
+            with _DTYPE_LOCK:
+                hosts = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+                try:
+                    return func(*args, **(kwargs or {}))
+                finally:
+                    torch.set_default_dtype(hosts)
+
+    return Float32()
 
 
 class _Muffler(logging.Filter, threading.local):
@@ -133,7 +251,7 @@ class _Muffler(logging.Filter, threading.local):
 
 
 _MUFFLER = _Muffler()
-_muffled = 0
+_muffled = -1
 
 
 def _muffle() -> None:
@@ -146,6 +264,38 @@ def _muffle() -> None:
         if name.partition(".")[0] in LIBRARIES:
             logging.getLogger(name).addFilter(_MUFFLER)
     _muffled = len(known)
+
+
+class _WholeStream(io.TextIOBase):
+    """What libraries expect of an output stream, on one of a host's that can only be written to."""
+
+    def __init__(self, hosts: Any) -> None:
+        self._hosts = hosts
+
+    def write(self, text: str, /) -> int:
+        self._hosts.write(text)
+        return len(text)
+
+
+@contextmanager
+def _whole_streams() -> Iterator[None]:
+    """
+    Stand in for output streams of the host's that have no more than ``write``.
+
+    Consoles of notebooks and windows are such, and transformers asks for more while it is imported.
+    """
+    stand_ins = {}
+    for name in ("stdout", "stderr"):
+        hosts = getattr(sys, name)
+        if hosts is not None and not (hasattr(hosts, "flush") and hasattr(hosts, "isatty")):
+            stand_ins[name] = (hosts, _WholeStream(hosts))
+            setattr(sys, name, stand_ins[name][1])
+    try:
+        yield
+    finally:
+        for name, (hosts, stand_in) in stand_ins.items():
+            if getattr(sys, name) is stand_in:  # and not one that the host has set meanwhile
+                setattr(sys, name, hosts)
 
 
 def _unusable(package: str) -> str | None:

@@ -1,5 +1,5 @@
 """
-The owner thread's side of an engine: every job's work, from the first load to the last release.
+The worker thread's side of an engine: every job's work, from the first load to the last release.
 
 It knows no host and no queue. Each method is one job; each leaves a state that is true.
 """
@@ -7,47 +7,55 @@ It knows no host and no queue. Each method is one job; each leaves a state that 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from holdfast.engine.config import EngineConfig
+from holdfast.engine.compiling.faults import unexpected
+from holdfast.engine.compiling.memory import resident_bytes
+from holdfast.engine.compiling.plan import Cost, Standing
 from holdfast.engine.errors import HoldfastError, InvalidRequest
-from holdfast.engine.families import VAE_DECODER
-from holdfast.engine.hires import modes_of, passes_of, run_request, settle_seeds
-from holdfast.engine.images import digest
-from holdfast.engine.imports import runtime
-from holdfast.engine.memory import resident_bytes
-from holdfast.engine.metadata import Provenance, infotext
-from holdfast.engine.passes import decode_array
-from holdfast.engine.plan import Standing
-from holdfast.engine.prompts import Prompts
-from holdfast.engine.result import Degradation, Result
-from holdfast.engine.runner import Runner
+from holdfast.engine.imports import runtime, still_to_come, tell_imports
+from holdfast.engine.jobs.forks import keep_in_children
+from holdfast.engine.models.families import VAE_DECODER
+from holdfast.engine.passes.hires import modes_of, passes_of, run_request, settle_seeds
+from holdfast.engine.passes.images import digest
+from holdfast.engine.passes.metadata import Provenance, infotext
+from holdfast.engine.passes.one_pass import decode_array
+from holdfast.engine.passes.prompts import Prompts
+from holdfast.engine.passes.reading import PromptReader
+from holdfast.engine.passes.runner import Runner
+from holdfast.engine.requests.config import EngineConfig
+from holdfast.engine.requests.hires import Hires
+from holdfast.engine.requests.told import told_request
+from holdfast.engine.results.result import Degradation, Result
 from holdfast.engine.subscribers import Preview
 from holdfast.states import Mode, Trigger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
 
-    from holdfast.engine.diskcache import DiskCache
-    from holdfast.engine.events import Emitter
-    from holdfast.engine.jobs import Job
-    from holdfast.engine.model import Model
-    from holdfast.engine.passes import PassSpec
+    from holdfast.engine.compiling.plan import Plan
+    from holdfast.engine.jobs.job import Job
+    from holdfast.engine.logbook.events import Emitter
+    from holdfast.engine.models.diskcache import DiskCache
+    from holdfast.engine.models.model import Model
+    from holdfast.engine.passes.one_pass import PassSpec
+    from holdfast.engine.passes.previews import LatentMap
     from holdfast.engine.pipeline import CompiledPipeline
-    from holdfast.engine.plan import Plan
-    from holdfast.engine.previews import LatentMap
-    from holdfast.engine.requests import Request
+    from holdfast.engine.requests.kinds import Request
     from holdfast.engine.subscribers import Subscribers
     from holdfast.states import Lifecycle
+
+T = TypeVar("T")
 
 
 class Service:
     """
-    Serves one engine's jobs. All methods but `__init__` run in the owner thread.
+    Serves one engine's jobs. All methods but `__init__` run in the worker thread.
 
     Args:
         config: What the engine is set to.
@@ -68,7 +76,7 @@ class Service:
         versions: Mapping[str, str],
         subscribers: Subscribers,
     ) -> None:
-        self.config = config
+        self._config = config
         self._lifecycle = lifecycle
         self._cache = cache
         self._emit = emit
@@ -76,7 +84,15 @@ class Service:
         self._subscribers = subscribers
         self._latent_map: LatentMap | None = None
         self._opened: CompiledPipeline | None = None
-        self._prompts = Prompts()
+        self._reader = PromptReader()
+        self._prompts = Prompts(self._reader)
+        keep_in_children(self)
+
+    @property
+    def config(self) -> EngineConfig:
+        """What the engine is set to; the pipeline's, once there is one."""
+        opened = self._opened
+        return self._config if opened is None else opened.config
 
     @property
     def pipeline(self) -> CompiledPipeline:
@@ -86,7 +102,7 @@ class Service:
             runtime()
             from holdfast.engine.pipeline import CompiledPipeline
 
-            self._opened = CompiledPipeline(self.config, self._lifecycle, self._cache, self._emit)
+            self._opened = CompiledPipeline(self._config, self._lifecycle, self._cache, self._emit)
         return self._opened
 
     def load(self, job: Job[Any], mode: Mode) -> Plan:
@@ -99,32 +115,55 @@ class Service:
 
     def recompile(self, job: Job[Any]) -> Plan:
         """Compile what serves again. The state afterwards is the one before."""
-        with self._true_state(), self.pipeline.working_for(job):
-            return self.pipeline.recompile()
+        return self._do(job, self.pipeline.recompile)
 
     def configure(self, job: Job[Any], config: EngineConfig) -> Plan:
         """Change the settings. The state afterwards is the one before."""
-        with self._true_state(), self.pipeline.working_for(job):
-            made = self.pipeline.configure(config)
-            self.config = config
-            return made
+        return self._do(job, lambda: self.pipeline.configure(config))
 
     def plan(self, asked: Request | EngineConfig) -> Plan:
         """Decide what a request, or a change of settings, would take. Changes nothing."""
         with self._true_state():
             if isinstance(asked, EngineConfig):
                 return self.pipeline.plan_change(asked)
-            ahead = self.pipeline.plan_ahead(self.config, modes_of(asked))
-            return ahead or self._plan(self._settle(asked, settle_seeds(asked)))
+            if not self._needs_no_file(asked):
+                ahead = self._ahead(asked)
+                if ahead is not None:
+                    return dataclasses.replace(ahead, imports=self._imports())
+            return self._plan(self._settle(asked, settle_seeds(asked)))
+
+    def _ahead(self, request: Request) -> Plan | None:
+        """Decide what a request takes while one of its models is missing; None: none is."""
+        ahead = self.pipeline.plan_ahead(self.config, modes_of(request))
+        if ahead is None and isinstance(request, Hires) and request.hires_model is not None:
+            config = self.config.but(model=request.hires_model, vae=None)
+            ahead = self.pipeline.plan_ahead(config, modes_of(request)[1:])
+        return ahead
+
+    def _needs_no_file(self, request: Request) -> bool:
+        """Tell whether all that serves a request is held, so that the model's files may be gone."""
+        if isinstance(request, Hires) and request.hires_model is not None:
+            return False
+        return self.pipeline.knows_model and all(
+            self.pipeline.holds(each.mode, each.geometry, each.loras)
+            for each in self._settle(request, settle_seeds(request))
+        )
 
     def prepare(self, job: Job[Any], request: Request) -> Plan:
         """Compile everything that a request needs, and stop in the mode of its first pass."""
-        with self._true_state(), self.pipeline.working_for(job):
+
+        def work() -> Plan:
             passes = self._settle(request, settle_seeds(request))
             made = self._plan((*passes, passes[0]) if len(passes) > 1 else passes)
             self.pipeline.follow(made)
             self.pipeline.ready(passes[0], ())
             return made
+
+        return self._do(job, work)
+
+    def idle_seconds(self) -> float | None:
+        """Return how long nobody asks for anything before `rest`; None: for ever."""
+        return self.config.idle_unload
 
     def rest(self) -> None:
         """Give every component back because nobody has asked for anything in a while."""
@@ -138,12 +177,15 @@ class Service:
             self._opened.unload(reason)
 
     def release(self) -> None:
-        """Give everything back, for good."""
-        if self._opened is not None:
-            self._emit("engine.snapshot", **self.facts())
+        """Give everything back, for good. Where it was broken into, the next call goes on."""
+        opened = self._opened
+        if opened is None:
+            return
+        opened.settle()
+        self._emit("engine.snapshot", **self.facts())
         self.unload("closed")
-        if self._opened is not None:
-            self._opened.close()
+        opened.close()
+        self._config = opened.config
         self._opened = None
 
     def facts(self) -> dict[str, Any]:
@@ -174,25 +216,26 @@ class Service:
             "height": request.height,
             "steps": request.steps,
             "seeds": list(seeds),
+            "settings": told_request(request),
         }
-        with (
-            self._true_state(),
-            self._emit.scope(request_id=job.request_id),
-            self._emit.span("request", **facts) as learned,
-            self.pipeline.working_for(job),
-        ):
-            return self._run(job, request, seeds, learned)
+
+        def work() -> Result:
+            with self._emit.span("request", **facts) as learned:
+                return self._run(job, request, seeds, learned)
+
+        return self._do(job, work)
 
     def _run(
         self, job: Job[Any], request: Request, seeds: tuple[int, ...], learned: dict[str, object]
     ) -> Result:
         began = time.perf_counter()
         passes = self._settle(request, seeds)
-        learned |= {"width": passes[-1].width, "height": passes[-1].height}
-        degradations = self._check_prompts(passes)
+        if whole := [each for each in passes if each.region is None]:
+            learned |= {"width": whole[-1].width, "height": whole[-1].height}
         made = self._plan(passes)
-        self.pipeline.announce(made)
         self._expect(job, made, passes)
+        degradations = self._check_prompts(passes)
+        self.pipeline.announce(made)
         runner = Runner(
             self.pipeline,
             made,
@@ -215,7 +258,7 @@ class Service:
             "degradations": len(degradations) + len(runner.degradations),
             "rss_bytes": resident_bytes(),
         }
-        provenance = self._provenance(passes)
+        provenance = self._provenance()
         return Result(
             images=tuple(images),
             first_pass=tuple(first_pass),
@@ -239,51 +282,62 @@ class Service:
         return self.pipeline.model
 
     def _settle(self, request: Request, seeds: tuple[int, ...]) -> tuple[PassSpec, ...]:
-        passes = passes_of(request, seeds, self.config, self._model)
-        for each in passes:
-            self._model.check_steps(each.scheduler, each.steps, each.strength or 1.0)
-            self._model.check_memory(each.geometry, self.pipeline.budget)
-        return passes
+        """Settle what a request leaves open, what its prompts ask for included."""
+        settled = []
+        for each in passes_of(request, seeds, self.config, self.pipeline.model_of):
+            model = self.pipeline.model_of(each.model)
+            model.check_mode(each.mode)
+            model.check_steps(each.scheduler, each.steps, each.strength or 1.0, each.mode)
+            model.check_memory(each.geometry, self.pipeline.budget)
+            settled.append(self._reader.settle(each, self.config, model))
+        return tuple(settled)
 
     def _plan(self, passes: tuple[PassSpec, ...]) -> Plan:
-        return self.pipeline.plan(
-            [self.pipeline.stage(each.mode, each.geometry, each.loras) for each in passes]
+        made = self.pipeline.plan(
+            [
+                self.pipeline.stage(each.mode, each.geometry, each.loras, each.model)
+                for each in passes
+            ]
         )
+        return dataclasses.replace(made, imports=self._imports())
+
+    def _imports(self) -> Cost | None:
+        """Return what the imports that a pass waits for will take; None where all are made."""
+        seconds = self._import_seconds()
+        known = [each for each in seconds.values() if each is not None]
+        return Cost(sum(known) if len(known) == len(seconds) else None) if seconds else None
+
+    def _import_seconds(self) -> dict[str, float | None]:
+        """Return what each import still to come has taken; a part that never was waited for not."""
+        costs = {each: self._cache.costs.expected(*_import(each)) for each in still_to_come()}
+        return {
+            wanted: None if cost is None else cost.seconds
+            for wanted, cost in costs.items()
+            if cost is not None or wanted == "optimum"
+        }
 
     def _go(self, job: Job[Any], mode: Mode, trigger: Trigger) -> Plan:
-        with self._true_state(), self.pipeline.working_for(job):
+        def work() -> Plan:
             if trigger not in self._lifecycle.legal():
                 self._lifecycle.fire(trigger)  # refuses, and the log tells
             made = self.pipeline.plan([self.pipeline.stage(mode)])
             self.pipeline.follow(made)
             return made
 
+        return self._do(job, work)
+
     def _check_prompts(self, passes: tuple[PassSpec, ...]) -> tuple[Degradation, ...]:
-        """Refuse prompts that the text encoders would cut, or say so where that is allowed."""
-        found = {}
-        for prompt in {text for each in passes for text in (each.prompt, each.negative_prompt)}:
-            words = self._prompts.unread(prompt, self._model)
-            if not words:
-                continue
+        """Refuse prompts of which a part would be lost, or say so where that is allowed."""
+        found = self._reader.losses(passes, self.config, self._model)
+        for each in found:
             if self.config.strict:
-                msg = (
-                    "The prompt is longer than the model's text encoder can read; it would not see "
-                    f"the end: {words!r}. Shorten it, or open the engine with strict=False to have "
-                    "it cut there."
-                )
-                hidden = f"a prompt is too long by {len(words)} characters"
-                raise InvalidRequest(msg, log_text=None if self.config.log_prompts else hidden)
-            found[prompt] = Degradation("prompt_truncated", prompt, prompt[: -len(words)], words)
-        for each in found.values():
+                hidden = f"{each.kind}: {len(each.words)} characters of a prompt"
+                shown = None if self.config.log_prompts else hidden
+                raise InvalidRequest(each.advice, log_text=shown)
             private = {} if not self.config.log_prompts else {"words": each.words}
-            self._emit(
-                "degradation",
-                kind=each.kind,
-                asked=f"{len(each.asked)} characters",
-                given=f"{len(each.given)} characters",
-                **private,
-            )
-        return tuple(found.values())
+            kept = f"{len(each.prompt)} characters"
+            self._emit("degradation", kind=each.kind, asked=kept, given=each.given, **private)
+        return tuple(Degradation(e.kind, e.words, e.given, e.words) for e in found)
 
     def _show(
         self, job: Job[Any], spec: PassSpec, step: int, steps: int, latents: torch.Tensor
@@ -291,12 +345,8 @@ class Service:
         """Hand on a preview of the image as it stands, if anybody wants one."""
         if not self._subscribers.wants_preview(step, steps):
             return
-        factor = self._model.scale.factor
-        values = latents[0].numpy().copy()
         latent_map = self._latent_map or self._fit_latent_map()
-        draw = functools.partial(
-            latent_map.picture, values, spec.width // factor, spec.height // factor
-        )
+        draw = functools.partial(latent_map.picture, latents[0].numpy().copy())
         self._subscribers.preview(
             Preview(
                 request_id=job.request_id,
@@ -308,20 +358,17 @@ class Service:
         )
 
     def _fit_latent_map(self) -> LatentMap:
-        from holdfast.engine.previews import latent_map
+        from holdfast.engine.passes.previews import latent_map
 
         view = self.pipeline.view_in_service()
-        vae, side = view.pipeline.vae, self._model.probe_side(VAE_DECODER)
+        side = self._model.probe_side(VAE_DECODER)
         self._latent_map = latent_map(
-            dict(vae.config), side, lambda latents: decode_array(latents, view)
+            self._model.vae, side, lambda latents: decode_array(latents, view)
         )
         return self._latent_map
 
-    def _provenance(self, passes: tuple[PassSpec, ...]) -> Provenance:
-        loras = [each for one in passes for each in (one.loras or ())]
-        named = dict.fromkeys(
-            f"{each.name}@{each.weight:g}" for each in (*self.config.lora, *loras)
-        )
+    def _provenance(self) -> Provenance:
+        named = dict.fromkeys(map(str, self.config.lora))
         name = str(self.config.model).rstrip("/").rsplit("/", 1)[-1]
         return Provenance(
             name, self._model.folder.fingerprint[:10], tuple(named), self._versions["holdfast"]
@@ -329,36 +376,89 @@ class Service:
 
     def _expect(self, job: Job[Any], made: Plan, passes: tuple[PassSpec, ...]) -> None:
         """Tell the job what each phase will take, as far as is known."""
-        seconds = {}
+        imports = {
+            f"import {wanted}": _UNKNOWN_IMPORT if each is None else each
+            for wanted, each in self._import_seconds().items()
+        }
+        # The rest comes in beside the first compile, and is waited for behind it.
+        seconds = {phase: each for phase, each in imports.items() if phase != "import optimum"}
         for each, moves in zip(passes, made.stages, strict=True):
             known = [step.cost.seconds or 1.0 for move in moves for step in move.steps]
             seconds[f"prepare {each.number}"] = sum(known) + 0.01
+            seconds |= imports
             cost = self._cache.costs.expected("step", *self._step_bucket(each))
             step = cost.seconds if cost else each.width * each.height * _UNKNOWN_STEP
             seconds[f"pass {each.number}"] = step * each.steps * len(each.seeds)
         job.expect(seconds)
 
+    def _tell_import(self, job: Job[Any], event: str, /, **facts: Any) -> None:
+        """Log an import, show it as a phase of the job that waits, and learn what it took."""
+        self._emit(event, **facts)
+        wanted = facts.get("wanted", "")
+        if event == "imports.started":
+            job.advance(f"import {wanted}")
+        if event == "imports.completed":
+            with self._learning():
+                self._cache.costs.record(*_import(wanted), seconds=facts["seconds"], bytes=0)
+
     def _learn(self, timings: Mapping[str, float], passes: tuple[PassSpec, ...]) -> None:
-        for each in passes:
-            taken = timings[f"pass {each.number}"] / each.steps / len(each.seeds)
-            self._cache.costs.record("step", *self._step_bucket(each), seconds=taken, bytes=0)
+        """Remember what steps took; the images are there, and no disk can take them back."""
+        began = time.perf_counter()
+        learned: dict[str, float] = {}
+        with self._learning():
+            for each in passes:
+                taken = timings[f"pass {each.number}"] / each.steps / len(each.seeds)
+                self._cache.costs.record("step", *self._step_bucket(each), seconds=taken, bytes=0)
+                learned[f"pass {each.number}"] = round(taken, 6)
+            seconds = round(time.perf_counter() - began, 6)
+            self._emit("steps.learned", step_seconds=learned, seconds=seconds)
+
+    @contextlib.contextmanager
+    def _learning(self) -> Iterator[None]:
+        """Go on where something cannot be remembered, and say so."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever a full disk or a lost descriptor raises
+            self._emit("learning.failed", error=f"{type(error).__name__}: {error}")
 
     def _step_bucket(self, spec: PassSpec) -> tuple[str, str, str]:
         denoiser = self._model.family.denoiser
         geometry = spec.geometry
-        facts = (self._model.source(denoiser)[:12], geometry, geometry.guided)
+        guided = self._model.family.guides(geometry)
+        facts = (self._model.source(denoiser)[:12], geometry, guided)
         bucket = " ".join(map(str, (*facts, self.config.precision)))
         return self.config.device_of(denoiser), denoiser, bucket
+
+    def _do(self, job: Job[Any], work: Callable[[], T]) -> T:
+        """Do a job's work on the pipeline."""
+        tell_imports(functools.partial(self._tell_import, job))
+        try:
+            return self.pipeline.work(job, work)
+        except HoldfastError as error:
+            error.state_after = error.state_after or self._lifecycle.state.value
+            raise
 
     @contextlib.contextmanager
     def _true_state(self) -> Iterator[None]:
         """Let every error tell the state in which it leaves the engine."""
+        tell_imports(self._emit)
         try:
             yield
         except HoldfastError as error:
             error.state_after = error.state_after or self._lifecycle.state.value
             raise
+        except Exception as error:
+            told = unexpected(error)
+            told.state_after = self._lifecycle.state.value
+            raise told from error
 
 
+def _import(wanted: str) -> tuple[str, str, str, str]:
+    """Return what the cost of an import is learned under."""
+    return "import", "", wanted, ""
+
+
+_UNKNOWN_IMPORT = 6.0
+"""Seconds that the imports take which a pass waits for, where none was made yet."""
 _UNKNOWN_STEP = 3e-5
 """Seconds that a step takes for each pixel, where nothing has been measured yet."""

@@ -5,20 +5,22 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from holdfast.engine.errors import EngineClosed
+from holdfast.engine.errors import EngineClosed, HoldfastError, InvalidRequest
+from holdfast.engine.requests.told import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from PIL.Image import Image
 
-    from holdfast.engine.owner import Owner
-    from holdfast.engine.progress import Progress
+    from holdfast.engine.jobs.progress import Progress
+    from holdfast.engine.jobs.worker import Worker
 
 LIMIT = 64
 """Events that may wait for one slow subscriber before previews, then progress, are left out."""
@@ -33,8 +35,8 @@ class Event:
     Something that an engine did.
 
     Attributes:
-        request_id: The request that it did it for, as its job and the log name it; None where it
-            was for none.
+        request_id: The request that it belongs to, as `Job.request_id` and the log name it; None
+            if it belongs to none.
     """
 
     request_id: str | None = None
@@ -52,7 +54,7 @@ class Transition(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Progressed(Event):
-    """A job came on, by a phase or a step."""
+    """A job made progress: it entered a phase or finished a step."""
 
     progress: Progress
 
@@ -86,12 +88,12 @@ class CompileHeartbeat(Event):
     component: str
     elapsed_seconds: float
     expected_seconds: float | None
-    rss_bytes: int
+    rss_bytes: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Degraded(Event):
-    """Something was done other than asked, as the host allowed: the keys of ``degradation``."""
+    """Something was not done as asked, which the host allows: the keys of ``degradation``."""
 
     kind: str
     asked: object
@@ -101,7 +103,7 @@ class Degraded(Event):
 @dataclass(frozen=True, kw_only=True)
 class Finished(Event):
     """
-    A request ended, and its job with it: `Job.result` does not wait any more.
+    A request ended, and so did its job: `Job.result` returns at once.
 
     Attributes:
         status: ``"done"``, ``"failed"`` or ``"cancelled"``, as its job has it.
@@ -117,11 +119,11 @@ class Subscribers:
     The subscribers of one engine, each with a thread of its own, so that none delays another.
 
     Args:
-        owner: Does the jobs whose progress is told.
+        worker: Does the jobs whose progress is told.
     """
 
-    def __init__(self, owner: Owner) -> None:
-        self._owner = owner
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
         self._lock = threading.Lock()
         self._all: tuple[_Subscriber, ...] = ()
         self._told: tuple[object, ...] = ()
@@ -152,18 +154,21 @@ class Subscribers:
             A function that ends it; once that has returned, no other call begins.
 
         Raises:
+            InvalidRequest: `callback` cannot be called, `kinds` are no classes of events, or
+                `preview_every` is no number of steps from 1 on.
             EngineClosed: The engine tells nothing any more.
+            HoldfastError: No thread can be started.
         """
-        wanted = tuple(kinds) if kinds is not None else (Event,)
+        wanted = _checked(callback, kinds, preview_every)
         with self._lock:
             if self._closed:
                 msg = "a subscriber came to an engine that is closed; open another engine"
                 raise EngineClosed(msg)
-            subscriber = _Subscriber(callback, wanted, preview_every, self._owner)
+            subscriber = _Subscriber(callback, wanted, preview_every, self._worker)
+            if not self._listening:
+                self._worker.emit.add_sink(self)
+                self._listening = True
             self._all += (subscriber,)
-            listening, self._listening = self._listening, True
-        if not listening:
-            self._owner.emit.add_sink(self)
 
         def unsubscribe() -> None:
             with self._lock:
@@ -176,11 +181,17 @@ class Subscribers:
         """Take one record of the log and hand on what it tells, without waiting for anybody."""
         if not self._all:
             return
+        try:
+            self._hand_on(record)
+        except Exception as error:  # noqa: BLE001 - one event that cannot be told must not end all others
+            self._worker.emit("subscriber.failed", error=repr(error), subscriber=repr(self))
+
+    def _hand_on(self, record: Mapping[str, Any]) -> None:
         event = _typed(record)
         if event is not None:
             self._offer(event)
-        job = self._owner.running
-        if job is None:
+        job = self._worker.running
+        if job is None or record["event"].startswith("job."):  # its beginning and end: no progress
             return
         progress = job.progress
         told = (job.request_id, progress.phase, progress.step)
@@ -226,19 +237,26 @@ class _Subscriber:
         callback: Callable[[Any], object],
         kinds: tuple[type[Event], ...],
         preview_every: int,
-        owner: Owner,
+        worker: Worker,
     ) -> None:
         self._callback = callback
         self._kinds = kinds
         self._preview_every = preview_every
-        self._owner = owner
+        self._worker = worker
         self._waiting: deque[Event] = deque()
         self._changed = threading.Condition()
         self._open = True
         self._thread = threading.Thread(
             target=self._deliver, name="holdfast-subscriber", daemon=True
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            msg = (
+                f"a subscriber's thread could not be started ({error}): this process has "
+                "reached its limit of threads. End some threads and subscribe again."
+            )
+            raise HoldfastError(msg) from error
 
     def wants_preview(self, step: int, steps: int) -> bool:
         due = step % self._preview_every == 0 or step == steps
@@ -285,13 +303,13 @@ class _Subscriber:
             try:
                 self._callback(event)
             except BaseException as error:  # noqa: BLE001 - whatever a host's callback raises, the next event comes
-                self._owner.emit(
+                self._worker.emit(
                     "subscriber.failed", error=repr(error), subscriber=repr(self._callback)
                 )
 
     def _let_end(self, event: Finished) -> None:
         """Wait for the moment in which the job ends, which comes right after it is logged."""
-        job = self._owner.running
+        job = self._worker.running
         if job is not None and job.request_id == event.request_id:
             job.exception()
 
@@ -299,6 +317,31 @@ class _Subscriber:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or not self._open)
             return self._waiting.popleft() if self._waiting else None
+
+
+def _checked(callback: object, kinds: object, preview_every: object) -> tuple[type[Event], ...]:
+    """Return the classes that a subscriber wants, made sure of."""
+    if not callable(callback):
+        msg = f"{shown(callback)} was to be called with events, but it is no function; give one."
+        raise InvalidRequest(msg)
+    if isinstance(preview_every, bool) or not isinstance(preview_every, int) or preview_every < 1:
+        msg = (
+            f"previews were asked for every {shown(preview_every)} steps; give a whole number, 1 "
+            "for one after each step."
+        )
+        raise InvalidRequest(msg)
+    single = isinstance(kinds, (str, type)) or not isinstance(kinds, Iterable)
+    wanted: tuple[Any, ...] = (kinds,) if single else tuple(cast("Iterable[object]", kinds))
+    if kinds is None:
+        wanted = (Event,)
+    for kind in wanted:
+        if not (isinstance(kind, type) and issubclass(kind, Event)):
+            msg = (
+                f"events of the kind {shown(kind)} were asked for, which is no class of events; "
+                "give classes such as Progressed or Preview, or leave kinds out for all."
+            )
+            raise InvalidRequest(msg)
+    return wanted
 
 
 _SAME: Mapping[str, type[Event]] = MappingProxyType({

@@ -24,16 +24,19 @@ class Mode(StrEnum):
 
     TXT2IMG = "txt2img"
     IMG2IMG = "img2img"
+    INPAINT = "inpaint"
 
 
 class State(StrEnum):
-    """Where the compiled pipeline stands. A recompile carries its origin in its name."""
+    """The state of the compiled pipeline. In a recompile, its name says where that began."""
 
     UNLOADED = "unloaded"
     COMPILED_TXT2IMG = "compiled-txt2img"
     COMPILED_IMG2IMG = "compiled-img2img"
+    COMPILED_INPAINT = "compiled-inpaint"
     RECOMPILING_TXT2IMG = "recompiling.txt2img"
     RECOMPILING_IMG2IMG = "recompiling.img2img"
+    RECOMPILING_INPAINT = "recompiling.inpaint"
 
     @classmethod
     def compiled(cls, mode: Mode) -> State:
@@ -62,12 +65,14 @@ class State(StrEnum):
 
 
 class Trigger(StrEnum):
-    """What moves the pipeline. Loads and switches name a mode; nothing in a recompile can."""
+    """What moves the pipeline. Loads and switches name a mode; a recompile's triggers name none."""
 
     LOAD_TXT2IMG = "load-txt2img"
     LOAD_IMG2IMG = "load-img2img"
+    LOAD_INPAINT = "load-inpaint"
     SWITCH_TXT2IMG = "switch-txt2img"
     SWITCH_IMG2IMG = "switch-img2img"
+    SWITCH_INPAINT = "switch-inpaint"
     RECOMPILE = "recompile"
     RECOMPILED = "recompiled"
     RECOMPILE_ROLLED_BACK = "recompile-rolled-back"
@@ -116,7 +121,7 @@ def _rows(mode: Mode) -> Iterator[Row]:
 @dataclass(frozen=True)
 class Chart:
     """
-    Legal moves that have been checked: an untrue chart cannot be built.
+    Legal moves that have been checked: a wrong chart cannot be built.
 
     Args:
         rows: Every legal move; their order is that of `legal` and of the picture.
@@ -163,7 +168,7 @@ class Chart:
         moves = {(row.source, row.dest) for row in self.rows}
         for (trigger, source), count in Counter(row[:2] for row in self.rows).items():
             if count > 1:
-                yield f"{trigger} from {source} stands on {count} rows: which one would win?"
+                yield f"{trigger} from {source} stands on {count} rows: keep one of them"
         for state in sorted(set(State) - _reach(moves)):
             yield f"{state} is out of reach: no way leads there from {State.UNLOADED}"
         for state in sorted(set(State) - _reach({(dest, source) for source, dest in moves})):
@@ -188,7 +193,10 @@ class Chart:
             ends = [end for row in self.rows if row.trigger is trigger for end in row[1:]]
             origins = {end.mode for end in ends if end.is_recompiling}
             if origins and origins != set(Mode):
-                yield f"{trigger} belongs to some recompiles only: to fire it is to name a mode"
+                yield (
+                    f"{trigger} ends the recompiles of some modes only: "
+                    f"to fire it would be to choose a mode"
+                )
 
 
 def _reach(moves: set[tuple[State, State]]) -> set[State]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class HoldfastError(Exception):
     """
@@ -26,6 +28,11 @@ class HoldfastError(Exception):
         self.state_after = state_after
         self.log_text = log_text
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default an exception is made again from its text alone, which a class with further
+        # arguments refuses: a process pool would break on such an error instead of raising it.
+        return _made_again, (type(self), self.args), vars(self)
+
 
 class IllegalTransition(HoldfastError):  # noqa: N818 - the name is part of the public contract
     """
@@ -47,10 +54,10 @@ class IllegalTransition(HoldfastError):  # noqa: N818 - the name is part of the 
         self.state = str(state)
         self.legal = tuple(map(str, legal))
 
-    def __reduce__(self) -> tuple[type[IllegalTransition], tuple[str, str, tuple[str, ...]]]:
-        # A host's process pool pickles what it raises; by default only the text would come back.
-        return type(self), (self.trigger, self.state, self.legal)
-
 
 class ChartError(HoldfastError, ValueError):
     """A chart of the lifecycle was refused when it was built; the text lists every fault."""
+
+
+def _made_again(kind: type[HoldfastError], arguments: tuple[object, ...]) -> HoldfastError:
+    return kind.__new__(kind, *arguments)

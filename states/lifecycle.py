@@ -7,7 +7,6 @@ inside one, so a failure in the work leaves a state that is true.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Protocol
@@ -16,12 +15,10 @@ from transitions.extensions.nesting import HierarchicalMachine, NestedState
 
 from .chart import CHART, Chart, Mode, Row, State, Trigger
 from .errors import HoldfastError, IllegalTransition
+from .hosting import HostLog, host_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-_LOGGER = logging.getLogger("holdfast")
-_LOGGER.addHandler(logging.NullHandler())
 
 _OWN_FACTS = frozenset({"event", "level", "source", "dest", "origin", "seconds"})
 
@@ -66,7 +63,8 @@ class Lifecycle:
 
     Args:
         emit: Where events go; by default to structlog over ``logging.getLogger("holdfast")``,
-            silent until the host configures either.
+            silent until the host configures either. One with a true attribute ``all_or_nothing``
+            has not logged an event where it raised, and is asked once more.
         chart: The legal moves.
     """
 
@@ -119,7 +117,8 @@ class Lifecycle:
         Move, and log one event: ``state.changed``, or ``state.refused`` where the move is illegal.
 
         The event is logged when the move is over. An ``emit`` that raises neither undoes the move
-        nor hides it: its exception and the event go to ``logging.getLogger("holdfast")``.
+        nor hides it: its exception and the event go to ``logging.getLogger("holdfast")``. What is
+        no ``Exception``, as Ctrl-C, is raised after the move: `state` tells whether it was made.
 
         Args:
             trigger: What happened, or is asked for.
@@ -159,7 +158,13 @@ class Lifecycle:
                 {"trigger": refusal.trigger, "state": refusal.state, "legal": refusal.legal},
             )
             raise refusal
-        self._place.trigger(trigger)
+        broken: BaseException | None = None
+        try:
+            self._place.trigger(trigger)
+        except BaseException as error:
+            if self.state is source:
+                raise
+            broken = error  # by something from outside, after the move was made
         dest, now = self.state, time.monotonic()
         own = {
             "trigger": str(trigger),
@@ -172,16 +177,21 @@ class Lifecycle:
         if recompiling := [end for end in (source, dest) if end.is_recompiling]:
             own["origin"] = str(recompiling[0].mode)
         self._tell("state.changed", "info", own | facts)
+        if broken is not None and not isinstance(broken, Exception):
+            raise broken
         return dest
 
     def _tell(self, event: str, level: str, facts: dict[str, object]) -> None:
         try:
             self._emit(event, level=level, **facts)
-        except Exception:
-            _LOGGER.exception("%s could not be logged: %s", event, facts)
+        except BaseException as error:
+            if getattr(self._emit, "all_or_nothing", False):
+                self._emit(event, level=level, **facts)
+            elif isinstance(error, Exception):
+                host_logger().exception("%s could not be logged: %s", event, facts)
+            if not isinstance(error, Exception):
+                raise
 
 
 def _log(event: str, /, *, level: str = "info", **facts: object) -> None:
-    import structlog  # late, as it brings asyncio, and rich where that is installed
-
-    getattr(structlog.wrap_logger(_LOGGER), level)(event, **facts)
+    HostLog()(event, level, facts)

@@ -6,8 +6,6 @@ Run it with `uvicorn fastapi_host:service`.
 """
 
 import asyncio
-import io
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -17,7 +15,8 @@ from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse
 
-from holdfast.engine import Engine, HoldfastError, InvalidRequest, Job, Result, request_from_json
+from holdfast.engine import Engine, HoldfastError, InvalidRequest, Job, Result
+from holdfast.engine import request_from_untrusted_json as read
 
 jobs: dict[str, Job[Result]] = {}
 
@@ -27,7 +26,7 @@ async def life(service: FastAPI) -> AsyncIterator[None]:
     """Open the engine with the service, and close it too."""
     service.state.engine = Engine("demo")
     yield
-    service.state.engine.close(wait=False)
+    await asyncio.to_thread(service.state.engine.close, cancel=True)
 
 
 service = FastAPI(title="Holdfast", lifespan=life)
@@ -47,9 +46,10 @@ async def find(job_id: str) -> Job[Result]:
 
 
 @service.post("/jobs", status_code=202)
-async def submit(request: dict[str, Any]) -> dict[str, str]:
-    """Queue a request, given as its JSON."""
-    job = service.state.engine.submit(request_from_json(json.dumps(request)))
+async def submit(request: Request) -> dict[str, str]:
+    """Queue a request, given as its JSON: its pictures stand in it, and its cost has a bound."""
+    asked = await asyncio.to_thread(read, await request.body())
+    job = service.state.engine.submit(asked)
     jobs[job.id] = job
     return {"id": job.id}
 
@@ -67,9 +67,8 @@ async def events(job: Annotated[Job[Result], Depends(find)]) -> AsyncIterator[di
 @service.get("/jobs/{job_id}/image")
 async def image(job: Annotated[Job[Result], Depends(find)]) -> Response:
     """Wait for a job's image."""
-    result, png = await job, io.BytesIO()
-    result.images[0].save(png, "PNG")
-    return Response(png.getvalue(), media_type="image/png")
+    png = await asyncio.to_thread((await job).png)
+    return Response(png, media_type="image/png")
 
 
 @service.delete("/jobs/{job_id}")

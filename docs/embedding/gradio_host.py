@@ -10,8 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from holdfast.engine import Engine, Hires, HoldfastError, Job, Result
-from holdfast.engine.subscribers import Preview
+from holdfast.engine import Engine, Hires, HoldfastError, Job, Preview, Result
 
 PROMPT = "a large red circle on a blue background"
 
@@ -23,7 +22,7 @@ def page(engine: Engine) -> gr.Blocks:
     def generate(prompt: str, seed: int, steps: int, request: gr.Request) -> Iterator[Any]:
         job = engine.submit(Hires(prompt=prompt, seed=int(seed), steps=int(steps), scale=2.0))
         jobs[str(request.session_hash)] = job
-        newest: dict[str, Preview] = {}
+        newest: dict[str | None, Preview] = {}
         unsubscribe = engine.subscribe(
             lambda seen: newest.update({seen.request_id: seen}), [Preview]
         )
@@ -46,7 +45,8 @@ def page(engine: Engine) -> gr.Blocks:
         if (job := jobs.get(str(request.session_hash))) is not None:
             job.cancel(keep="first_pass")
 
-    with gr.Blocks(title="Holdfast", analytics_enabled=False) as blocks:
+    blocks = gr.Blocks(title="Holdfast", analytics_enabled=False)
+    with blocks:
         with gr.Row():
             prompt = gr.Textbox(PROMPT, label="Prompt", scale=4)
             seed = gr.Number(7, label="Seed", precision=0)

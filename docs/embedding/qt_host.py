@@ -7,16 +7,11 @@ Run it with `python qt_host.py`.
 from __future__ import annotations
 
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
 
 from PIL.ImageQt import toqpixmap
 from PySide6 import QtCore, QtWidgets
 
-from holdfast.engine import Engine, Hires
-from holdfast.engine.subscribers import Event, Finished, Preview, Progressed
-
-if TYPE_CHECKING:
-    from holdfast.engine import Job, Result
+from holdfast.engine import Engine, Event, Finished, Hires, Job, Preview, Progressed, Result
 
 
 class Window(QtWidgets.QWidget):
@@ -27,15 +22,19 @@ class Window(QtWidgets.QWidget):
         self.engine = engine
         self.job: Job[Result] | None = None
         self.prompt = QtWidgets.QLineEdit("a large red circle on a blue background")
-        self.button = QtWidgets.QPushButton("Generate", clicked=self.go_or_stop)
+        self.button = QtWidgets.QPushButton("Generate")
+        self.button.clicked.connect(self.go_or_stop)
         self.bar = QtWidgets.QProgressBar(maximum=1000)
-        self.picture = QtWidgets.QLabel(minimumWidth=256, minimumHeight=256, scaledContents=True)
+        self.picture = QtWidgets.QLabel(scaledContents=True)
+        self.picture.setMinimumSize(256, 256)
         layout = QtWidgets.QVBoxLayout(self)
         for widget in (self.prompt, self.button, self.bar, self.picture):
             layout.addWidget(widget)
         self.events: SimpleQueue[Event] = SimpleQueue()
         self.unsubscribe = engine.subscribe(self.events.put, [Progressed, Preview, Finished])
-        QtCore.QTimer(self, interval=30, timeout=self.hear).start()
+        timer = QtCore.QTimer(self, interval=30)
+        timer.timeout.connect(self.hear)
+        timer.start()
 
     def go_or_stop(self) -> None:
         """Start a job, or stop the one that runs."""

@@ -10,43 +10,55 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import click
-import platformdirs
+import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from holdfast.engine import Engine
-from holdfast.engine.bundle import bundle
 from holdfast.engine.cli.bar import wait
+from holdfast.engine.cli.help import Sections
+from holdfast.engine.cli.log import app as log_app
 from holdfast.engine.cli.options import read_config, read_request, with_fields
+from holdfast.engine.cli.orders import read_orders
+from holdfast.engine.cli.outputs import Leaving
 from holdfast.engine.cli.showcase import make_showcase
-from holdfast.engine.errors import HoldfastError, InvalidRequest, ModelSourceError
-from holdfast.engine.logbook.cli import app as log_app
-from holdfast.engine.logbook.story import size
-from holdfast.engine.logbook.write import printable
+from holdfast.engine.cli.words import in_options, of_usage
+from holdfast.engine.errors import (
+    GenerationError,
+    HoldfastError,
+    InvalidRequest,
+    ModelSourceError,
+)
+from holdfast.engine.logbook.bundle import bundle
+from holdfast.engine.logbook.sentences import size
+from holdfast.engine.logbook.writing import printable
 from holdfast.states import mermaid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from PIL.Image import Image
-
-    from holdfast.engine.doctor import Report
+    from holdfast.engine.cli.doctor import Report
+    from holdfast.engine.cli.orders import Order
+    from holdfast.engine.compiling.plan import Plan
 
 FAILURE, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _STYLES = {"wrong": "bold red", "note": "yellow"}
 
 app = typer.Typer(
     name="holdfast",
-    help="Diffusion images on OpenVINO, in two passes where wanted.",
+    help="Diffusion images on OpenVINO: txt2img, img2img and hires fix.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables leave twenty columns for words on a terminal of eighty
     add_completion=False,
 )
 app.add_typer(log_app, name="log")
-app.command()(bundle)
 
-Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw; may be empty.")]
+_prompt = typer.Argument(metavar="PROMPT", help="What to draw, in quotes; may be empty.")
+Prompt = Annotated[str, _prompt]
+MaybePrompt = Annotated[str | None, _prompt]
+AsJson = Annotated[bool, typer.Option("--json", help="Tell it as JSON, for machines.")]
 IsHires = Annotated[bool, typer.Option("--hires", help="Make it in two passes: hires fix.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")]
 CacheDir = Annotated[Path | None, typer.Option(metavar="PATH", help="Where exports are kept.")]
@@ -62,7 +74,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         command = "holdfast" if context is None else context.command_path
-        _complain(f"{error.format_message()}\nSee {command} --help.")
+        _complain(f"{of_usage(error)}\nSee {command} --help.")
         return BAD_INPUT
 
 
@@ -77,55 +89,103 @@ def root(
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=Sections)
 @with_fields
 def generate(
-    prompt: Prompt,
+    prompt: MaybePrompt = None,
     *,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE", help="Where the image goes, as PNG.")
-    ] = Path("out.png"),
-    first_pass: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Where the first pass goes, whatever the second does."),
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Many prompts on one engine: one a line, or CSV whose first line names columns "
+            "'prompt' and options such as 'seed'; - for standard input.",
+        ),
     ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="Where the image goes; its ending says the format; - for standard output. "
+            "{n} and {seed} stand for an image's number and seed, as in '{n:03}-{seed}.png'. By "
+            "default out.png, or out-2.png and so on where that is taken.",
+        ),
+    ] = None,
+    first_output: Annotated[
+        str | None,
+        typer.Option(
+            "--first-pass",
+            metavar="FILE",
+            help="Where the first pass goes, whatever the second does.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    metadata: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What an image tells of how it was made: public, full (with source images and "
+            "paths) or none.",
+        ),
+    ] = "public",
     hires: IsHires = False,
+    json: AsJson = False,
     debug: Debug = False,
     **given: Any,
 ) -> None:
-    """Make an image: from a prompt, from an image (--image), or in two passes (--hires)."""
+    """Make images: from a prompt, from an image, in two passes."""
     with _told(debug=debug):
-        request = read_request(prompt, given, hires=hires)
-        if first_pass is not None and not hires:
+        if first_output is not None and not hires:
             msg = "--first-pass belongs to --hires: add that, or leave --first-pass out."
             raise InvalidRequest(msg)
-        for file in filter(None, (output, first_pass)):
-            _check_writable(file)
+        orders = read_orders(prompt, prompts, given, hires=hires)
+        leaving = Leaving(output, first_output, force=force, metadata=metadata, as_json=json)
+        leaving.check(order.request for order in orders)
         with Engine(read_config(given)) as engine:
-            job = engine.submit(request)
-            try:
-                result = wait(engine, job)
-            finally:
-                if first_pass is not None:
-                    for image, file in _numbered(job.kept, first_pass):
-                        image.save(file, "PNG")
-                        typer.echo(f"{file}: first pass, {image.width}x{image.height}")
-        files = result.save(output)
-        for file, image, seed in zip(files, result.images, result.seeds, strict=True):
-            typer.echo(f"{file}: {image.width}x{image.height}, seed {seed}")
-        for each in result.degradations:
-            _complain(f"{each.kind}: the model did not see {each.words!r}")
+            drawn = [_draw(engine, order, leaving) for order in orders]
+        if not all(drawn):
+            raise typer.Exit(FAILURE)
 
 
-@app.command()
+def _draw(engine: Engine, order: Order, leaving: Leaving) -> bool:
+    """Make the images of one order; among many, one that fails does not stop the others."""
+    job = engine.submit(order.request)
+    first = order.request.seed or 0
+    seeds: Sequence[int] = range(first, first + order.request.batch)
+    try:
+        result = wait(engine, job)
+        seeds = result.seeds
+    except (InvalidRequest, GenerationError) as error:
+        if not order.place:
+            raise
+        _complain(f"{order.place}: {in_options(str(error))}")
+        return False
+    finally:
+        leaving.first_passes(job.kept, seeds)
+    leaving.images(result)
+    for each in result.degradations:
+        _complain(f"{each.kind}: {each.asked} was asked for, {each.given} is given")
+    return True
+
+
+@app.command(cls=Sections)
 @with_fields
-def plan(prompt: Prompt, *, hires: IsHires = False, debug: Debug = False, **given: Any) -> None:
-    """Show what an image would take, and why: what is read, compiled, reused. Makes nothing."""
+def plan(
+    prompt: Prompt,
+    *,
+    hires: IsHires = False,
+    json: AsJson = False,
+    debug: Debug = False,
+    **given: Any,
+) -> None:
+    """Show what an image would take, and why. Makes nothing."""
     with _told(debug=debug):
         request = read_request(prompt, given, hires=hires)
         with Engine(read_config(given)) as engine, _busy("finding the model"):
             made = engine.plan(request)
-    typer.echo(str(made))
+    typer.echo(_plan_as_json(made) if json else str(made))
 
 
 @app.command()
@@ -138,14 +198,15 @@ def export(
     cache_dir: CacheDir = None,
     debug: Debug = False,
 ) -> None:
-    """Convert a model to OpenVINO IR, once, and tell where it lies."""
-    from holdfast.engine.source import resolve
+    """Convert a model to OpenVINO IR and tell where it lies."""
+    from holdfast.engine.models.source import resolve
+    from holdfast.engine.requests.config import users_cache
 
     with _told(debug=debug):
         if output is not None and output.exists():
             msg = f"The model was to go to {output}, but that is there already: name a new folder."
             raise InvalidRequest(msg)
-        cache = cache_dir or Path(platformdirs.user_cache_dir("holdfast"))
+        cache = cache_dir or users_cache()
         with _busy(f"exporting {model} to OpenVINO"):
             found = resolve(model, cache, lambda *_, **__: None).path
             if output is not None:
@@ -155,7 +216,7 @@ def export(
 
 @app.command()
 def chart() -> None:
-    """Print the lifecycle's chart, as Mermaid, drawn from the machine that runs."""
+    """Print the lifecycle's chart as Mermaid."""
     typer.echo(mermaid(), nl=False)
 
 
@@ -166,8 +227,12 @@ def doctor(
     cache_dir: CacheDir = None,
     debug: Debug = False,
 ) -> None:
-    """Look at this machine: what is there, what is wrong (it then ends with 1), what to do."""
-    from holdfast.engine.doctor import examine
+    """
+    Look at this machine: what is there, what is wrong, what to do.
+
+    Ends with 1 where something keeps an engine from working.
+    """
+    from holdfast.engine.cli.doctor import examine
 
     with _told(debug=debug), _busy("looking"):
         report = examine(cache_dir)
@@ -185,10 +250,13 @@ def demo(
     cache_dir: CacheDir = None,
     debug: Debug = False,
 ) -> None:
-    """Show hires fix with the embedded model: both passes, a contact sheet, and the log."""
+    """Draw hires fix with the embedded model: both passes, and why."""
     with _told(debug=debug), _busy("drawing; the first time the model is exported"):
         told = make_showcase(folder, cache_dir)
     typer.echo(told)
+
+
+app.command(short_help="Pack what a bug report needs, without prompts and paths.")(bundle)
 
 
 @contextlib.contextmanager
@@ -205,7 +273,9 @@ def _told(*, debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exception(error)
         known = isinstance(error, (HoldfastError, OSError))
-        _complain(str(error) if known else f"{error!r}; --debug shows where this comes from")
+        _complain(
+            in_options(str(error)) if known else f"{error!r}; --debug shows where this comes from"
+        )
         asked = isinstance(error, (InvalidRequest, ModelSourceError))
         raise typer.Exit(BAD_INPUT if asked else FAILURE) from error
 
@@ -221,19 +291,28 @@ def _busy(words: str) -> contextlib.AbstractContextManager[object]:
     return console.status(words) if console.is_terminal else contextlib.nullcontext()
 
 
-def _check_writable(file: Path) -> None:
-    """Refuse a file that could not be written, before minutes are spent on what goes into it."""
-    if file.suffix.lower() != ".png":
-        msg = f"{file} was asked for, but images are written as PNG: name a .png file."
-        raise InvalidRequest(msg)
-    if not file.expanduser().parent.is_dir():
-        msg = f"The image was to go to {file}, but there is no folder {file.parent}: make it."
-        raise InvalidRequest(msg)
-
-
-def _numbered(images: Sequence[Image], first: Path) -> Iterator[tuple[Image, Path]]:
-    for index, image in enumerate(images, start=1):
-        yield image, first if index == 1 else first.with_stem(f"{first.stem}-{index}")
+def _plan_as_json(made: Plan) -> str:
+    steps = [
+        {
+            "action": step.action,
+            "subject": step.subject,
+            "reason": step.reason,
+            "seconds": step.cost.seconds,
+            "bytes": step.cost.bytes,
+        }
+        for step in made.steps
+    ]
+    return msgspec.json.format(
+        msgspec.json.encode(
+            {
+                "steps": steps,
+                "seconds": made.expected_seconds,
+                "peak_bytes": None if made.ahead else made.peak_bytes,
+                "budget": made.budget,
+                "fits": None if made.ahead else made.fits,
+            }
+        )
+    ).decode()
 
 
 def _print_report(report: Report) -> None:
@@ -250,13 +329,15 @@ def _print_report(report: Report) -> None:
         words = f"{each.full_name}, computes in {each.precision} unless told otherwise ({can})"
         table.add_row(f"device {each.name}", words)
     table.add_row("memory", _of(report.memory_free_bytes, report.memory_bytes))
-    room = report.cache_bytes + report.cache_free_bytes
-    table.add_row("cache", f"{report.cache_dir}: {_of(report.cache_free_bytes, room)}")
-    for finding in report.findings:
-        table.add_row(finding.kind, finding.what, style=_STYLES[finding.kind])
-        table.add_row("", finding.do)
+    if report.cache_dir is not None:
+        room = report.cache_bytes + report.cache_free_bytes
+        table.add_row("cache", f"{report.cache_dir}: {_of(report.cache_free_bytes, room)}")
     console = Console(highlight=False, markup=False)
     console.print(table)
+    for finding in report.findings:
+        console.print(f"\n{finding.kind}: {finding.what}", style=_STYLES[finding.kind])
+        console.print(finding.do, soft_wrap=True)  # a command that is broken cannot be copied
+    console.print()
     console.print("Holdfast can work here." if report.healthy else "Holdfast cannot work here.")
 
 

@@ -18,8 +18,8 @@ from holdfast.engine.subscribers import CompileHeartbeat
 
 if TYPE_CHECKING:
     from holdfast.engine.engine import Engine
-    from holdfast.engine.jobs import Job
-    from holdfast.engine.progress import Progress as Place
+    from holdfast.engine.jobs.job import Job
+    from holdfast.engine.jobs.progress import Progress as Place
 
 T = TypeVar("T")
 _REFRESH_SECONDS = 0.1
@@ -76,7 +76,8 @@ def _words(place: Place, compiling: str) -> str:
         return f"{place.phase}, step {place.step} of {place.steps}"
     if place.phase in ("queued", "find model"):
         return "finding the model; the first time it is exported"
-    return compiling or place.phase.replace("prepare", "preparing pass")
+    words = place.phase.replace("prepare", "preparing pass").replace("import ", "importing ")
+    return compiling or words
 
 
 def _left(place: Place) -> str:

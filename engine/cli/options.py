@@ -11,33 +11,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from rich.markup import escape
 
-from holdfast.engine.config import EngineConfig
 from holdfast.engine.errors import InvalidRequest
-from holdfast.engine.requests import Hires, Img2Img, Lora, Txt2Img
-from holdfast.engine.schedulers import SCHEDULERS
-from holdfast.engine.upscale import UPSCALERS
+from holdfast.engine.requests.config import EngineConfig
+from holdfast.engine.requests.detail import Detail
+from holdfast.engine.requests.hires import Hires
+from holdfast.engine.requests.img2img import Img2Img
+from holdfast.engine.requests.inpaint import Inpaint
+from holdfast.engine.requests.lora import Lora
+from holdfast.engine.requests.schedulers import SAMPLERS, SCHEDULES
+from holdfast.engine.requests.txt2img import Txt2Img
+from holdfast.engine.requests.upscalers import UPSCALERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from holdfast.engine.requests import Request
-    from holdfast.engine.values import Value
+    from holdfast.engine.requests.kinds import Request
+    from holdfast.engine.requests.values import Value
 
-REQUESTS: tuple[type[Value], ...] = (Txt2Img, Hires, Img2Img)
-_ALL: tuple[type[Value], ...] = (*REQUESTS, EngineConfig)
+REQUESTS: tuple[type[Value], ...] = (Txt2Img, Hires, Img2Img, Inpaint)
+KINDS: tuple[type[Value], ...] = (*REQUESTS, EngineConfig)
 NOT_OPTIONS = frozenset({"kind", "prompt"})
-FOR_HOSTS = frozenset({"scheduler", "queue_limit", "order", "idle_unload"})
-"""Settings that one command has no use for; the scheduler is asked for with the request."""
+FOR_HOSTS = frozenset({"scheduler", "lora", "queue_limit", "order", "idle_unload"})
+"""Settings that one command has no use for; scheduler and LoRAs are asked for with the request."""
 
 _PANELS: Mapping[tuple[type[Value], ...], str] = {
-    (Txt2Img, Hires, Img2Img): "Image",
+    REQUESTS: "Image",
     (Hires,): "Second pass, with --hires",
-    (Hires, Img2Img): "Second pass, with --hires",
-    (Img2Img,): "From an image",
+    (Hires, Img2Img): "From an image",
+    (Hires, Img2Img, Inpaint): "From an image",
+    (Inpaint,): "A part of an image, with --mask or --outpaint",
 }
-_ASKED_BY: Mapping[type[Value], str] = {Hires: "--hires", Img2Img: "--image"}
+_ASKED_BY: Mapping[type[Value], str] = {Hires: "--hires", Img2Img: "--image", Inpaint: "--mask"}
 _ENGINE = "Engine"
 _FIELD = re.compile(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
 _METAVARS = {int: "N", float: "X", Path: "PATH", bool: ""}
@@ -69,6 +74,14 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     return {name: value for name, _, value in parted}
 
 
+def _size(texts: list[str]) -> tuple[int, ...]:
+    sides = texts[-1].lower().split("x")
+    if not all(side.isdecimal() for side in sides):
+        msg = f"WIDTHxHEIGHT in pixels is needed, as in 512x512, not {texts[-1]!r}."
+        raise InvalidRequest(msg)
+    return tuple(map(int, sides))
+
+
 def _loras(texts: list[str]) -> tuple[Lora, ...]:
     return () if texts == ["none"] else tuple(map(_lora, texts))
 
@@ -83,15 +96,63 @@ def _lora(text: str) -> Lora:
         return Lora(text)  # The colon belongs to the path, as in C:\style.safetensors.
 
 
+def _numbers(text: str, counts: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) not in counts:
+        msg = f"LEFT,TOP,RIGHT,BOTTOM in pixels is needed, not {text!r}."
+        raise InvalidRequest(msg)
+    return numbers
+
+
+def _outpaint(texts: list[str]) -> int | tuple[int, ...]:
+    numbers = _numbers(texts[-1], (1, 4))
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _detail(texts: list[str]) -> Detail:
+    parts = [text.partition(":") for text in texts]
+    boxes: Any = tuple(_numbers(box, (4,)) for box, _, _ in parts)
+    return Detail(boxes=boxes, prompt="[SEP]".join(prompt for _, _, prompt in parts))
+
+
 _LORA = "A LoRA file and its weight, -10 to 10 (1 if left out). May be given several times."
 _FORMS: Mapping[str, _Form] = {
     "scheduler": _Form(
         "--scheduler",
         "NAME",
-        f"One of {', '.join(SCHEDULERS)}, or its diffusers class. By default the model's own.",
+        f"One of {', '.join(SAMPLERS)}, or its diffusers class. By default the model's own.",
+    ),
+    "schedule": _Form(
+        "--schedule",
+        "NAME",
+        f"How the scheduler spreads the steps: one of {', '.join(SCHEDULES)}. By default as the "
+        "model was made.",
     ),
     "upscaler": _Form("--upscaler", "NAME", f"One of {', '.join(UPSCALERS)}."),
     "image": _Form("--image", "FILE", "The image to start from, in place of noise alone."),
+    "mask": _Form("--mask", "FILE"),
+    "outpaint": _Form(
+        "--outpaint",
+        "LEFT,TOP,RIGHT,BOTTOM",
+        "Pixels that --image grows by on each side, which are drawn too; one number for all sides.",
+        _outpaint,
+        "",
+    ),
+    "first_pass": _Form(
+        "--redo", "FILE", "An image of a first pass that is taken as it is: only the second is run."
+    ),
+    "hires_model": _Form("--hires-model", "MODEL"),
+    "detail": _Form(
+        "--detail",
+        "LEFT,TOP,RIGHT,BOTTOM[:PROMPT]",
+        "A region that is redrawn after all else, at the model's own size. May be given several "
+        "times.",
+        _detail,
+        "",
+    ),
     "device": _Form(
         "--device",
         "[NAME=]DEVICE",
@@ -113,14 +174,16 @@ _FORMS: Mapping[str, _Form] = {
         f"{_LORA} By default those of the first pass; 'none' for none.",
         _loras,
     ),
+    "seed_resize": _Form("--seed-resize", "WIDTHxHEIGHT", read=_size),
+    "embeddings": _Form("--embeddings", "PATH", read=tuple),
     "memory_budget": _Form("--memory-budget", "SIZE"),
     "cache_limit": _Form("--cache-limit", "SIZE", default="Default: 64GiB."),
     "log_file": _Form("--log", "FILE"),
     "strict": _Form(
         "--strict",
         "",
-        "Do what comes nearest, and say so, where it cannot be done as asked; for example cut a "
-        "prompt that is too long.",
+        "Do what comes nearest, and say so, where it cannot be done as asked; for example "
+        "read an embedding's name as words where there is no file of it.",
     ),
 }
 
@@ -147,10 +210,12 @@ def read_request(prompt: str, given: Mapping[str, Any], *, hires: bool) -> Reque
     Raises:
         InvalidRequest: An option is out of its range or belongs to another kind of request.
     """
-    if hires and "image" in given:
-        msg = "--hires makes its first image itself: leave out either --image or --hires."
+    inpaints = any(_kinds_with(name) == (Inpaint,) for name in given)
+    if hires and inpaints:
+        msg = "--hires enlarges a whole image: leave out either it or what is about a mask."
         raise InvalidRequest(msg)
-    kind: type[Request] = Hires if hires else Img2Img if "image" in given else Txt2Img
+    over = Inpaint if inpaints else Img2Img if "image" in given else Txt2Img
+    kind: type[Request] = Hires if hires else over
     fields = {name: value for name, value in given.items() if _kinds_with(name)}
     for name in fields:
         if name not in kind.model_fields:
@@ -185,6 +250,12 @@ def _flag(name: str) -> str:
     return _FORMS[name].flag if name in _FORMS else f"--{name.replace('_', '-')}"
 
 
+FLAGS: Mapping[str, str] = {
+    name: _flag(name) for kind in KINDS for name in kind.model_fields if name not in NOT_OPTIONS
+}
+"""The option of each field."""
+
+
 def _parameters() -> Iterator[inspect.Parameter]:
     for name in dict.fromkeys(name for kind in REQUESTS for name in kind.model_fields):
         if name not in NOT_OPTIONS:
@@ -201,7 +272,7 @@ def _parameter(name: str, kinds: tuple[type[Value], ...], panel: str) -> inspect
     option = typer.Option(
         _switch(form.flag, kinds[0].model_fields[name].default) if base is bool else form.flag,
         metavar=form.metavar or None,
-        help=escape(f"{form.help or _help(name, kinds)} {form.default or _default(name, kinds)}"),
+        help=f"{form.help or _help(name, kinds)} {form.default or _default(name, kinds)}".strip(),
         rich_help_panel=panel,
         show_default=False,
     )
@@ -227,18 +298,21 @@ def _base(annotation: Any) -> Any:
 
 def _metavar(base: Any) -> str:
     if get_origin(base) is Literal:
-        return "|".join(get_args(base))
+        return "NAME"
     return _METAVARS.get(base, "TEXT")
 
 
-def _help(name: str, kinds: Iterable[type[Value]]) -> str:
-    words = next(filter(None, (_documented(kind).get(name) for kind in kinds)))
+def _help(name: str, kinds: Sequence[type[Value]]) -> str:
+    said = (_documented(kind).get(name, "") for kind in kinds)
+    words = next(filter(None, said), "")  # Python keeps no docstrings with PYTHONOPTIMIZE=2.
     words = words.replace("None: ", "By default ").replace("``", "")
-    return re.sub(r"`(\w+)`", lambda field: _shown(field[1]), words)
+    base = _base(kinds[0].model_fields[name].annotation)
+    choices = f"One of {', '.join(get_args(base))}. " if get_origin(base) is Literal else ""
+    return choices + re.sub(r"`(\w+)`", lambda field: _shown(field[1]), words)
 
 
 def _shown(field: str) -> str:
-    known = any(field in kind.model_fields for kind in _ALL)
+    known = any(field in kind.model_fields for kind in KINDS)
     return "PROMPT" if field == "prompt" else _flag(field) if known else field
 
 
@@ -250,7 +324,11 @@ def _documented(kind: type[Value]) -> dict[str, str]:
 
 
 def _default(name: str, kinds: tuple[type[Value], ...]) -> str:
-    values = dict.fromkeys(kind.model_fields[name].default for kind in kinds)
-    shown = [f"{each}" for each in values if isinstance(each, (str, int, float)) and each != ""]
-    off = {"True", "False"} & set(shown)
-    return f"Default: {', with --image '.join(shown)}." if shown and not off else ""
+    values = {kind: kind.model_fields[name].default for kind in reversed(kinds)}
+    first = values[kinds[0]]
+    if isinstance(first, bool) or not isinstance(first, (str, int, float)) or first == "":
+        return ""
+    others = [
+        f", with {_ASKED_BY[kind]} {values[kind]}" for kind in kinds[1:] if values[kind] != first
+    ]
+    return f"Default: {first}{''.join(others)}."

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from holdfast.engine.config import EngineConfig
 from holdfast.engine.demo import GUIDANCE
 from holdfast.engine.demo.sheet import contact_sheet
 from holdfast.engine.engine import Engine
-from holdfast.engine.requests import Hires, Txt2Img
-from holdfast.engine.upscale import upscale_image
+from holdfast.engine.requests.config import EngineConfig
+from holdfast.engine.requests.hires import Hires
+from holdfast.engine.requests.txt2img import Txt2Img
+from holdfast.engine.requests.upscalers import upscale_image
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +56,7 @@ def make_showcase(folder: Path, cache_dir: Path | None) -> str:
             if not rows:
                 result.save(folder / "hires.png")
                 small.save(folder / "first-pass.png")
-            lanczos = upscale_image(small, "lanczos", *hires.size)
+            lanczos = upscale_image(small, "lanczos", hires.size, "stretch")
             forgetful = Txt2Img(
                 prompt=prompt,
                 seed=_SEED,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+__all__ = ["model_folder", "style_lora"]
+
 GUIDANCE = 3.0
 """The guidance scale at which the demo model draws best."""
 

@@ -7,21 +7,22 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING
 
-from holdfast.engine.logbook.drawing import LABELS, LETTER, MARGIN, svg
-from holdfast.engine.logbook.story import Story
-from holdfast.engine.logbook.write import printable
+from holdfast.engine.logbook.coverage import coverage
+from holdfast.engine.logbook.drawing import LABELS, LETTER, MARGIN, legend, svg
+from holdfast.engine.logbook.sentences import Story, seconds
+from holdfast.engine.logbook.writing import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from holdfast.engine.logbook.audit import Verdict
-    from holdfast.engine.logbook.read import Entry
+    from holdfast.engine.logbook.auditing import Verdict
+    from holdfast.engine.logbook.reading import Entry
     from holdfast.engine.logbook.timeline import Lanes
 
 _STYLED = ("error", "warning", "debug")
 
 
-def page(engines: Sequence[Lanes], entries: Iterable[Entry], verdict: Verdict, title: str) -> str:
+def page(engines: Sequence[Lanes], entries: Sequence[Entry], verdict: Verdict, title: str) -> str:
     """
     Put a log on one page.
 
@@ -38,7 +39,8 @@ def page(engines: Sequence[Lanes], entries: Iterable[Entry], verdict: Verdict, t
     return Template(template).substitute(
         title=html.escape(printable(title)),
         drawing=svg(engines).partition("?>")[2],
-        verdict="\n".join(_judged(verdict)),
+        legend=legend(),
+        verdict="\n".join((*_judged(verdict), *_covered(entries))),
         story="\n".join(_told(entries)),
         labels=LABELS,
         letter=LETTER,
@@ -58,12 +60,23 @@ def _judged(verdict: Verdict) -> Iterator[str]:
             link = f'<a data-line="{breach.line}">Line {breach.line}</a>, '
             yield told(f"{breach.event} breaks {breach.rule!r}: {breach.words}", "error", link)
         if engine.errors:
-            errors = (f"{error} ({count})" for error, count in engine.errors.items())
-            yield told(f"Errors told by {name}: {', '.join(errors)}.", "error")
+            errors = ", ".join(f"{error} ({count})" for error, count in engine.errors.items())
+            first = engine.first_error
+            link = f'<a data-line="{first}">Line {first}</a>, ' if first else ""
+            yield told(f"the first of the errors told by {name}: {errors}.", "error", link)
         for missing in engine.missing:
             yield told(f"Not all of {name} is there: {missing}.", "warning")
     for problem in verdict.problems:
         yield told(f"Line {problem.line}, {problem.kind}: {problem.words}.", "warning")
+
+
+def _covered(entries: Iterable[Entry]) -> Iterator[str]:
+    for engine, told in coverage(entries).items():
+        words = (
+            f"Of the {seconds(told.seconds)} that jobs of engine {printable(engine)} took, "
+            f"{seconds(told.unexplained)} ({told.share:.0%}) are explained by no event."
+        )
+        yield f'<p class="debug">{html.escape(words)}</p>'
 
 
 def _told(entries: Iterable[Entry]) -> Iterator[str]:
@@ -72,6 +85,8 @@ def _told(entries: Iterable[Entry]) -> Iterator[str]:
         if day := story.day(entry):
             yield f'<li class="day">{day}</li>'
         where, told = story.tell(entry)
-        level = entry.event.get("level")
+        level = entry.event.get("level") if story.is_told(entry) else "debug"
         style = f' class="{level}"' if level in _STYLED else ""
-        yield f'<li value="{entry.line}"{style}>{html.escape((where + told).plain)}</li>'
+        name = html.escape(printable(entry.name))
+        text = html.escape((where + told).plain)
+        yield f'<li value="{entry.line}"{style} data-event="{name}">{text}</li>'

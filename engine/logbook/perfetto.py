@@ -6,12 +6,11 @@ Format: "Trace Event Format" (Google, 2016), JSON object form, times in microsec
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from holdfast.engine.logbook.write import printable
+from holdfast.engine.logbook.writing import printable
 
 if TYPE_CHECKING:
     import datetime as dt
@@ -36,7 +35,7 @@ def _events(lanes: Lanes, process: int, begin: dt.datetime | None) -> Iterator[d
         return 0.0 if begin is None else (at - begin).total_seconds() * 1e6
 
     yield _named("process_name", f"engine {printable(lanes.engine_id)}", process, 0)
-    rows = itertools.accumulate(lanes.rows(), lambda above, row: (row[0] or above[0], row[1]))
+    rows = ((name, bars) for name, rows in lanes.lanes() for bars in rows)
     for thread, (name, bars) in enumerate(rows, start=1):
         yield _named("thread_name", name, process, thread)
         yield {

@@ -6,15 +6,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from holdfast.engine.logbook.read import Entry
-from holdfast.engine.logbook.shelf import Shelf, lora_set
+from holdfast.engine.logbook.holdings import Holdings, lora_set
+from holdfast.engine.logbook.reading import Entry
 from holdfast.engine.logbook.spans import OpenSpans
 from holdfast.states import CHART, IllegalTransition, Mode, State, Trigger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from holdfast.engine.logbook.read import Problem
+    from holdfast.engine.logbook.reading import Problem
 
 _AGAIN = "asked for"
 """Reason of a recompile that a host asked for though nothing had changed."""
@@ -46,12 +46,24 @@ class Run:
         passes: The latest event of each pass, by its number.
         steps: How many ``step.completed`` the pass under way has told, by image.
         upscale: The event ``upscale.completed``, once there is one.
+        made: Digest of what was made last: by a pass, an upscale, a cut or a paste.
+        picture: Digest of the whole pictures, or their latents, as they stand.
+        cut: The event ``region.cut`` of the region that is being redrawn; None outside of one.
     """
 
     started: Mapping[str, Any]
     passes: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     steps: Counter[str] = field(default_factory=Counter)
     upscale: Mapping[str, Any] | None = None
+    made: object = None
+    picture: object = None
+    cut: Mapping[str, Any] | None = None
+
+    def make(self, event: Mapping[str, Any]) -> None:
+        """Take in what was made; outside of a region it is the whole pictures."""
+        self.made = event.get("output_digest")
+        if self.cut is None:
+            self.picture = self.made
 
 
 @dataclass
@@ -66,10 +78,12 @@ class Course:
         seq: Highest `seq` so far.
         last: The latest event.
         state: The lifecycle state; None where the log began later than the engine.
-        shelf: The components that are held and in service.
+        holdings: The components that are held and in service.
         spans: What has begun and not ended.
         runs: Requests under way, by their id.
+        job: The job that is being done; None where none is, or the log does not tell.
         again: Whether a recompile of everything that serves was asked for and is under way.
+        unfit: The job whose plan does not fit into the memory budget; None where there is none.
         planned: What the plan in force still expects to be done; None where there is none.
         degraded: Kinds of degradation that were told.
         debug: Whether events of level debug are in the log.
@@ -82,10 +96,12 @@ class Course:
     seq: int = 0
     last: Entry | None = None
     state: str | None = None
-    shelf: Shelf = field(default_factory=Shelf)
+    holdings: Holdings = field(default_factory=Holdings)
     spans: OpenSpans = field(default_factory=OpenSpans)
     runs: dict[str, Run] = field(default_factory=dict)
+    job: str | None = None
     again: bool = False
+    unfit: str | None = None
     planned: Counter[str] | None = None
     degraded: set[str] = field(default_factory=set)
     debug: bool = False
@@ -115,11 +131,11 @@ class Course:
 
     def as_snapshot(self) -> dict[str, Any]:
         """Return what ``engine.snapshot`` should say here."""
-        loras = frozenset() if self.state == State.UNLOADED else self.shelf.loras
+        loras = frozenset() if self.state == State.UNLOADED else self.holdings.loras
         return {
             "state": self.state,
             "mode": self.mode,
-            "held": sorted(self.shelf.held),
+            "held": sorted(self.holdings.held),
             "lora": None if loras is None else sorted(loras),
         }
 
@@ -138,41 +154,57 @@ def _moved(course: Course, event: Mapping[str, Any]) -> None:
     except IllegalTransition:
         course.state = str(event.get("dest"))
     if course.state == State.UNLOADED:
-        course.shelf = Shelf()
+        course.holdings = Holdings()
     elif event.get("trigger") == Trigger.RECOMPILE_ROLLED_BACK:
-        course.shelf.roll_back()
+        course.holdings.roll_back()
     else:
-        course.shelf.commit()
+        course.holdings.commit()
     _did(course, event)
     recompiling = event.get("trigger") == Trigger.RECOMPILE
     course.again = recompiling and event.get("reason") == _AGAIN
 
 
 def _compiled(course: Course, event: Mapping[str, Any]) -> None:
-    course.shelf.compile(event)
+    course.holdings.compile(event)
     _did(course, event)
 
 
 def _evicted(course: Course, event: Mapping[str, Any]) -> None:
-    course.shelf.evict(event)
+    course.holdings.evict(event)
 
 
 def _reused(course: Course, event: Mapping[str, Any]) -> None:
-    course.shelf.reuse(event)
+    course.holdings.reuse(event)
 
 
 def _snapped(course: Course, _: Mapping[str, Any]) -> None:
-    course.shelf.commit()
+    course.holdings.commit()
 
 
 def _planned(course: Course, event: Mapping[str, Any]) -> None:
     course.planned = Counter(str(step) for step in event.get("steps") or ())
+    course.unfit = course.job if event.get("fits") is False else None
 
 
 def _off_plan(course: Course, _: Mapping[str, Any]) -> None:
     """After a failure or a demand to stop, what is done is undoing: no plan says how."""
     course.planned = None
-    course.shelf.drop_staged()
+    course.holdings.drop_staged()
+
+
+def _stopped(course: Course, event: Mapping[str, Any]) -> None:
+    """A job that merely waits can be stopped too, and nothing is undone for it."""
+    if course.job in (None, str(event.get("request_id"))):
+        _off_plan(course, event)
+
+
+def _job_began(course: Course, event: Mapping[str, Any]) -> None:
+    course.job = str(event.get("request_id"))
+
+
+def _job_ended(course: Course, event: Mapping[str, Any]) -> None:
+    if course.job == str(event.get("request_id")):
+        course.job = course.planned = course.unfit = None
 
 
 def _did(course: Course, event: Mapping[str, Any]) -> None:
@@ -182,12 +214,13 @@ def _did(course: Course, event: Mapping[str, Any]) -> None:
 
 
 def _request_began(course: Course, event: Mapping[str, Any]) -> None:
+    _job_began(course, event)
     course.runs[str(event.get("request_id"))] = Run(event)
 
 
 def _request_ended(course: Course, event: Mapping[str, Any]) -> None:
     course.runs.pop(str(event.get("request_id")), None)
-    course.planned = None
+    _job_ended(course, event)
 
 
 def _passed(course: Course, event: Mapping[str, Any]) -> None:
@@ -195,7 +228,9 @@ def _passed(course: Course, event: Mapping[str, Any]) -> None:
         run.passes[event.get("pass", 0)] = event
         if event["event"] == "pass.started":
             run.steps.clear()
-            course.shelf.commit()
+            course.holdings.commit()
+        else:
+            run.make(event)
 
 
 def _stepped(course: Course, event: Mapping[str, Any]) -> None:
@@ -206,6 +241,20 @@ def _stepped(course: Course, event: Mapping[str, Any]) -> None:
 def _upscaled(course: Course, event: Mapping[str, Any]) -> None:
     if run := course.run_of(event):
         run.upscale = event
+        run.make(event)
+
+
+def _cut(course: Course, event: Mapping[str, Any]) -> None:
+    if run := course.run_of(event):
+        run.cut = event
+        run.picture = run.picture or event.get("picture_digest")  # the request's own, at first
+        run.make(event)
+
+
+def _pasted(course: Course, event: Mapping[str, Any]) -> None:
+    if run := course.run_of(event):
+        run.cut = None
+        run.make(event)
 
 
 def _degraded(course: Course, event: Mapping[str, Any]) -> None:
@@ -225,7 +274,9 @@ _FOLDS: Mapping[str, Callable[[Course, Mapping[str, Any]], None]] = {
     "component.reused": _reused,
     "component.evicted": _evicted,
     "engine.snapshot": _snapped,
-    "cancel.observed": _off_plan,
+    "cancel.observed": _stopped,
+    "job.started": _job_began,
+    **{f"job.{ending}": _job_ended for ending in ("completed", "failed", "cancelled")},
     "recompile.failed": _off_plan,
     "plan.made": _planned,
     "request.started": _request_began,
@@ -236,6 +287,8 @@ _FOLDS: Mapping[str, Callable[[Course, Mapping[str, Any]], None]] = {
     "pass.completed": _passed,
     "step.completed": _stepped,
     "upscale.completed": _upscaled,
+    "region.cut": _cut,
+    "region.pasted": _pasted,
     "degradation": _degraded,
 }
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from holdfast.engine.logbook.holdings import lora_set
 from holdfast.engine.logbook.replay import step_of
-from holdfast.engine.logbook.shelf import lora_set
 from holdfast.engine.logbook.spans import STARTED
 from holdfast.states import CHART, IllegalTransition, Mode, State, Trigger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from holdfast.engine.logbook.read import Entry
+    from holdfast.engine.logbook.reading import Entry
     from holdfast.engine.logbook.replay import Course
 
-_FIRST, _SECOND = 1, 2
+_FIRST = 1
 _ENDINGS_OF_RECOMPILE = (
     Trigger.RECOMPILED,
     Trigger.RECOMPILE_ROLLED_BACK,
@@ -97,8 +97,10 @@ def _recompile(_: Course, entry: Entry) -> str | None:
 def _pipeline(before: Course, entry: Entry) -> str | None:
     event = entry.event
     mode, made_for = str(event.get("mode")), _mode_of_class(str(event.get("pipeline")))
-    if event.get("pass") == _SECOND and Mode.IMG2IMG not in (mode, made_for):
-        return f"pass 2 ran as {mode} on {event.get('pipeline')}"
+    if event.get("pass") != _FIRST and Mode.TXT2IMG in (mode, made_for):
+        return f"pass {event.get('pass')} ran as {mode} on {event.get('pipeline')}"
+    if event.get("region") is not None and mode != Mode.INPAINT:
+        return f"pass {event.get('pass')} redraws a region, but ran as {mode}"
     if made_for != mode:
         return f"pass {event.get('pass')} was to run as {mode} but ran on {event.get('pipeline')}"
     if before.state in set(State) and before.state != f"compiled-{mode}":
@@ -107,27 +109,58 @@ def _pipeline(before: Course, entry: Entry) -> str | None:
 
 
 def _mode_of_class(pipeline: str) -> str:
-    return Mode.IMG2IMG if "Img2Img" in pipeline else Mode.TXT2IMG
+    return next((mode for mode in Mode if mode in pipeline.lower()), Mode.TXT2IMG)
 
 
 def _digests(before: Course, entry: Entry) -> str | None:
-    run, given = before.run_of(entry.event), entry.event.get("input_digest")
-    if run is None or entry.event.get("pass") == _FIRST or _FIRST not in run.passes:
+    run, event = before.run_of(entry.event), entry.event
+    if run is None:
         return None
-    first = run.passes[_FIRST].get("output_digest")
+    taken, what = event.get("input_digest"), f"pass {event.get('pass')} took"
+    whole, made = event.get("picture_digest"), run.made
     if entry.name == "upscale.completed":
-        return None if given == first else f"{given} was enlarged, but pass 1 made {first}"
-    made = run.upscale.get("output_digest") if run.upscale else first
-    return None if given == made else f"pass 2 took {given}, but was to take {made}"
+        what = "enlarged was"
+    elif entry.name == "region.pasted":
+        what = "pasted was"
+    elif entry.name == "region.cut":
+        taken, what, made = whole, "cut was", run.picture
+    elif entry.name == "request.completed":
+        taken, what, made = event.get("output_digest"), "given was", run.picture
+    if made is not None and taken != made:
+        return f"{what} {taken}, but made before was {made}"
+    if entry.name == "region.pasted" and whole != run.picture:
+        return f"pasted into was {whole}, but the pictures are {run.picture}"
+    return None
+
+
+def _region(before: Course, entry: Entry) -> str | None:
+    run, event = before.run_of(entry.event), entry.event
+    if run is None:
+        return None
+    if entry.name == "region.cut":
+        return None if run.cut is None else f"cut before {_place(run.cut)} was pasted"
+    here = _place(event) if event.get("region") is not None else None
+    cut = None if run.cut is None else _place(run.cut)
+    if here != cut:
+        return f"{entry.name} is of {here or 'whole pictures'}, but cut was {cut or 'nothing'}"
+    return None
+
+
+def _place(event: Mapping[str, Any]) -> str:
+    return f"{event.get('region')} with mask {event.get('mask_digest')} for pass {event['pass']}"
 
 
 def _size(before: Course, entry: Entry) -> str | None:
     event, run = entry.event, before.run_of(entry.event)
-    if run is None:
+    if run is None or event.get("region") is not None:
         return None
-    asked: Mapping[str, Any] | None = run.passes.get(event.get("pass", max(run.passes, default=0)))
     if entry.name == "pass.started":
-        asked = run.started if event.get("pass") == _FIRST else run.upscale
+        asked = run.upscale or (run.started if event.get("pass") == _FIRST else None)
+    elif entry.name == "pass.completed":
+        asked = run.passes.get(event.get("pass", 0))
+    else:
+        whole = [each for each in run.passes.values() if each.get("region") is None]
+        asked = whole[-1] if whole else None
     # A side that was left open may have any length.
     if not asked or all(asked.get(side) in (None, event.get(side)) for side in ("width", "height")):
         return None
@@ -163,13 +196,13 @@ def _compile_in_pass(before: Course, entry: Entry) -> str | None:
 
 def _compile_twice(before: Course, entry: Entry) -> str | None:
     component, key = entry.event.get("component"), str(entry.event.get("key"))
-    if key in before.shelf.held and not before.again:
+    if key in before.holdings.held and not before.again:
         return f"{component} {key} was compiled although it was held"
     return None
 
 
 def _lora(before: Course, entry: Entry) -> str | None:
-    fused, told = before.shelf.loras, lora_set(entry.event.get("lora") or ())
+    fused, told = before.holdings.loras, lora_set(entry.event.get("lora") or ())
     if fused is None or fused == told:
         return None
     return f"the pass is to have {_words(told)}, in service is {_words(fused)}"
@@ -191,6 +224,12 @@ def _plan(before: Course, entry: Entry) -> str | None:
     if step is None or before.planned[step]:
         return None
     return f"done, but not planned: {step}"
+
+
+def _fits(before: Course, _: Entry) -> str | None:
+    if before.unfit is None:
+        return None
+    return f"the plan of {before.unfit} does not fit into the memory budget, but it went on"
 
 
 def _is_checked(step: str) -> bool:
@@ -226,22 +265,28 @@ RULES = (
     Rule("recompile", "Every recompile ends once, in the mode it began in.",
          ("state.changed",), _recompile),
     Rule("pipeline", "Every pass runs on the pipeline of its mode, with that mode in service; "
-         "pass two is img2img.", ("pass.started",), _pipeline),
-    Rule("digests", "What pass one made is what is enlarged, and that is what pass two takes.",
-         ("upscale.completed", "pass.started"), _digests),
-    Rule("size", "What is made has the size that was asked for.",
+         "none after the first is txt2img.", ("pass.started",), _pipeline),
+    Rule("digests", "Whatever is enlarged, cut, redrawn, pasted and given is what was made before.",
+         ("upscale.completed", "pass.started", "region.cut", "region.pasted", "request.completed"),
+         _digests),
+    Rule("region", "A pass redraws the region that was cut for it, and that is pasted before the "
+         "next one is cut.", ("region.cut", "pass.started", "region.pasted", "request.completed"),
+         _region),
+    Rule("size", "Images have the size that was asked for.",
          ("pass.started", "pass.completed", "request.completed"), _size),
     Rule("steps", "Exactly the steps that were asked for are run.", ("pass.completed",), _steps),
     Rule("compile-in-pass", "Nothing is compiled inside a pass.",
          ("component.compile.started",), _compile_in_pass),
-    Rule("compile-twice", "What is held is not compiled again, unless that was asked for.",
-         ("component.compile.started",), _compile_twice),
-    Rule("lora", "The LoRA set of a pass is the one fused into what serves.",
+    Rule("compile-twice", "A component that is held is not compiled again, unless that was asked "
+         "for.", ("component.compile.started",), _compile_twice),
+    Rule("lora", "The LoRA set of a pass is the one that is fused into the components in service.",
          ("pass.started",), _lora),
-    Rule("plan", "What is done is what was planned.",
+    Rule("plan", "Exactly what was planned is done.",
          ("plan.missed", "component.compile.completed", "state.changed", "request.completed"),
          _plan),
-    Rule("endings", "What is begun ends once.", ("engine.closed", *STARTED), _endings),
-    Rule("device", "Every component is on the device that was asked for, unless it was told.",
-         ("component.compile.completed",), _device),
+    Rule("fits", "A job that does not fit into the memory budget fails before any work.",
+         ("component.compile.started", "pass.started", "job.completed"), _fits),
+    Rule("endings", "Everything that is begun ends once.", ("engine.closed", *STARTED), _endings),
+    Rule("device", "Every component is on the device that was asked for, unless the log has a "
+         "`degradation` of it.", ("component.compile.completed",), _device),
 )  # fmt: skip

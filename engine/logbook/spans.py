@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from holdfast.engine.events import EVENTS
+from holdfast.engine.logbook.events import EVENTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from holdfast.engine.logbook.read import Entry
+    from holdfast.engine.logbook.reading import Entry
 
 STARTED = tuple(name for name in EVENTS if name.endswith(".started"))
+_SHAPES = ("started", "completed", "failed", "cancelled")
 SPAN_EVENTS: Mapping[str, str] = {
-    name: prefix for name in EVENTS if f"{(prefix := name.rpartition('.')[0])}.started" in STARTED
+    f"{prefix}.{shape}": prefix
+    for prefix in (name.removesuffix(".started") for name in STARTED)
+    for shape in _SHAPES
 }
 _IDENTITY = ("request_id", "pass", "component", "key", "source")
 
@@ -37,10 +40,10 @@ class Span(NamedTuple):
         match self.prefix:
             case "pass":
                 return f"pass {facts.get('pass')} of request {facts.get('request_id')}"
-            case "request":
-                return f"request {facts.get('request_id')}"
-            case "export":
-                return "export"
+            case "request" | "job":
+                return f"{self.prefix} {facts.get('request_id')}"
+            case "export" | "imports" | "download":
+                return self.prefix
         return f"{self.prefix} of {facts.get('component')}"
 
 

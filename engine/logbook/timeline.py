@@ -5,26 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from holdfast.engine.logbook.read import Entry
+from holdfast.engine.logbook.reading import Entry
+from holdfast.engine.logbook.sentences import seconds, words
 from holdfast.engine.logbook.spans import SPAN_EVENTS, OpenSpans, Span
-from holdfast.engine.logbook.story import seconds, words
-from holdfast.engine.logbook.write import printable
+from holdfast.engine.logbook.writing import printable
 from holdfast.states import State
 
 if TYPE_CHECKING:
     import datetime as dt
     from collections.abc import Iterable, Iterator
 
-    from holdfast.engine.logbook.read import Problem
+    from holdfast.engine.logbook.reading import Problem
 
 
 class TooMuch(ValueError):  # noqa: N818 - says what the log is, as a sentence does
     """A log has nothing to draw, or more than a page can show."""
 
 
-_LANES = ("state", "requests", "passes", "steps")
-_LANE_OF = {"request": "requests", "pass": "passes", "export": "export"}
+_LANES = ("state", "jobs", "waiting", "requests", "passes", "steps")
+_LANE_OF = {
+    "job": "jobs",
+    "request": "requests",
+    "pass": "passes",
+    "export": "export",
+    "imports": "imports",
+    "download": "download",
+}
 _LAST = "events"
+_LASTING = frozenset({"held", *(state.value for state in State)})
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,11 @@ class Bar:
     details: str
     line: int
 
+    @property
+    def lasts(self) -> bool:
+        """Whether it goes on while nothing is done: a state, or a component that is held."""
+        return self.kind.partition(" ")[0] in _LASTING
+
 
 @dataclass
 class Lanes:
@@ -66,8 +79,8 @@ class Lanes:
     bars: dict[str, list[Bar]] = field(default_factory=lambda: {lane: [] for lane in _LANES})
     memory: list[tuple[dt.datetime, float]] = field(default_factory=list)
 
-    def rows(self) -> Iterator[tuple[str, list[Bar]]]:
-        """Give each lane in the order of reading, split so that no two bars of a row overlap."""
+    def lanes(self) -> Iterator[tuple[str, list[list[Bar]]]]:
+        """Give each lane in the order of reading, in rows in which no two bars overlap."""
         for lane in sorted(self.bars, key=_reading_order):
             rows: list[list[Bar]] = []
             for bar in sorted(self.bars[lane], key=lambda bar: bar.begin):
@@ -76,8 +89,8 @@ class Lanes:
                 if row is None:
                     rows.append(row := [])
                 row.append(bar)
-            for number, row in enumerate(rows):
-                yield (lane if number == 0 else ""), row
+            if rows:
+                yield lane, rows
 
 
 def _reading_order(lane: str) -> tuple[int, str]:
@@ -103,17 +116,18 @@ class _Drawing:
         self._last = first
         self._held: dict[str, Entry] = {}
         self._queued: dict[str, Entry] = {}
+        self._requests: set[str] = set()
 
     def take(self, entry: Entry) -> None:
         self._last = entry
         event, level = entry.event, entry.event.get("level")
+        if entry.name.startswith("job.") and self._is_request(entry):
+            return  # the request that it is has bars of its own
         span = self._spans.fold(entry)
         if rss := event.get("rss_bytes"):
             self._lanes.memory.append((entry.at, rss))
         if span:
             self._span(span, entry)
-        elif entry.name == "request.started":
-            self._waited(entry)
         elif entry.name == "state.changed":
             self._state(str(event.get("source")), entry)
         elif entry.name == "component.evicted":
@@ -131,9 +145,11 @@ class _Drawing:
         """Draw what has no end up to the last event."""
         for span in self._spans:
             self._bar(span, self._last, " cut")
+        for request in tuple(self._queued):
+            self._wait_ends(request, self._last, " cut")
         for key in tuple(self._held):
             self._kept(key, self._last)
-        if self._since is not self._last:
+        if self._since is not self._last or not any(self._lanes.bars.values()):
             self._state(str(self._since.event.get("dest", State.UNLOADED)), self._last)
         return self._lanes
 
@@ -148,15 +164,22 @@ class _Drawing:
         lane = _LANE_OF.get(span.prefix, str(facts.get("component")))
         label = {
             "request": str(facts.get("request_id")),
+            "job": str(facts.get("request_id")),
             "pass": f"{facts.get('pass')} {facts.get('mode')}",
         }.get(span.prefix, span.prefix.rpartition(".")[2])
         kind = str(facts.get("mode")) if span.prefix == "pass" else span.prefix
         self._add(lane, span.started, end, label, f"{kind}{how}")
 
-    def _waited(self, entry: Entry) -> None:
-        request = str(entry.event.get("request_id"))
-        if queued := self._queued.pop(request, None):
-            self._add("requests", queued, entry, f"{request} waits", "waiting")
+    def _is_request(self, job: Entry) -> bool:
+        """Take in what happens to a job, and return whether it is one that waited as a request."""
+        request = str(job.event.get("request_id"))
+        if request in self._queued:
+            self._wait_ends(request, job, " cancelled" if job.name == "job.cancelled" else "")
+            self._requests.add(request)
+        return request in self._requests
+
+    def _wait_ends(self, request: str, entry: Entry, how: str) -> None:
+        self._add("waiting", self._queued.pop(request), entry, f"{request} waits", f"waiting{how}")
 
     def _state(self, state: str, entry: Entry) -> None:
         self._add("state", self._since, entry, state, state)

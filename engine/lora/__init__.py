@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
-from holdfast.engine.lora.files import LoraFile, LoraLayer, read_lora
-from holdfast.engine.lora.fusion import Target, check, fuse, targets
-from holdfast.engine.lora.shelf import LoraShelf
+from holdfast.engine.lora.changes import Change, LoraLayer
+from holdfast.engine.lora.files import LoraFile, read_lora
+from holdfast.engine.lora.fusion import Strength, Target, check, fuse, targets
+from holdfast.engine.lora.library import LoraLibrary, LoraUse
 
-__all__ = ["LoraFile", "LoraLayer", "LoraShelf", "Target", "check", "fuse", "read_lora", "targets"]
+__all__ = [
+    "Change",
+    "LoraFile",
+    "LoraLayer",
+    "LoraLibrary",
+    "LoraUse",
+    "Strength",
+    "Target",
+    "check",
+    "fuse",
+    "read_lora",
+    "targets",
+]

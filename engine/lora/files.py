@@ -6,95 +6,76 @@ import hashlib
 import json
 import math
 import re
+import stat
 from dataclasses import dataclass, field
-from types import MappingProxyType, SimpleNamespace
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from holdfast.engine.errors import LoraError
 from holdfast.engine.imports import heavy
+from holdfast.engine.lora.changes import change_of
+from holdfast.engine.lora.names import flat, is_peft, layer_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
     import numpy as np
     import torch
 
-_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-_FAMILIES = {"sd": "SD 1.x and 2.x", "sdxl": "SDXL"}
+    from holdfast.engine.lora.changes import Change
 
-# What a key contains if its file is not a plain LoRA, and what it is then.
-_OTHER_KINDS = {
-    "DoRA": re.compile(r"\.dora_scale$|lora_magnitude_vector"),
-    "LoHa": re.compile(r"\.hada_"),
-    "LoKr": re.compile(r"\.lokr_"),
-    "OFT": re.compile(r"\.b?oft_"),
-    "IA3": re.compile(r"\.on_input$"),
-    "LoCon with Tucker decomposition": re.compile(r"\.lora_mid\."),
-    "LoRA with biases": re.compile(r"\.lora_(B|up)\.bias$"),
-    "a difference of whole weights": re.compile(r"\.diff(_b)?$"),
+_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+
+# What a key says for certain that is no layer's, and what to do about it.
+_OTHERS: Mapping[str, tuple[re.Pattern[str], str]] = {
+    "a whole checkpoint": (
+        re.compile(
+            r"(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner\.embedders)\."
+        ),
+        "Give it as `model`, and as `lora` a file that changes one.",
+    ),
+    "a textual inversion embedding": (
+        re.compile(r"(emb_params|clip_[lg]|string_to_param)(\..*)?|\*"),
+        "It is no LoRA, and changes no weights.",
+    ),
+    "a LoRA with an embedding in it": (
+        re.compile(r"bundle_emb\..+"),
+        "Use a file without one.",
+    ),
+    "IA3": (re.compile(r".+\.on_input"), "Its kind is not supported; use a LoRA."),
+    "GLoRA": (
+        re.compile(r".+\.(a[12]|b[12m])\.weight"),
+        "Its kind is not supported, as two layouts of it have the same names; use a LoRA.",
+    ),
+    "OFT as PEFT or old trainers store it": (
+        re.compile(r".+\.(oft_[rRsd]\w*|boft_\w+)(\..+)?"),
+        "That layout is not supported; LyCORIS' `oft_blocks` is.",
+    ),
+    "a LoRA that changes biases": (
+        re.compile(r".+\.(diff_b|lora_(B|up)\.bias)"),
+        "Only the weights of linear and convolution layers can be changed.",
+    ),
+    "a LoRA that changes norms": (
+        re.compile(r".+\.[wb]_norm"),
+        "Only the weights of linear and convolution layers can be changed.",
+    ),
+    "a model's weights, or a part of them": (
+        re.compile(
+            r"(?!base_model\.)(?!.*lora)"
+            r"(.+\.)?(conv_in|conv_out|to_[qkv]|[qkv]_proj|in_layers\.\d|conv[12])\.(weight|bias)"
+        ),
+        "Give a model as `model`, and as `lora` a file that changes one.",
+    ),
 }
 
-# What only the keys of a file contain that was trained for models of this kind.
-_TRANSFORMER = re.compile(
-    r"^(transformer|diffusion_model|base_model\.model\.transformer)\.|^lora_transformer_"
-    r"|^lora_unet_(double|single|joint)_blocks|^lora_te3_|^text_encoder_3\."
-)
-_SDXL = re.compile(
-    r"^lora_te[12]_|^text_encoder_2\.|(input|output)_blocks|middle_block|add_embedding|label_emb"
-)
-_SD = re.compile(r"^lora_te_")
-
-_WEIGHT = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # torch.save() writes a zip archive with a pickle in it.
 _ZIP = b"PK\x03\x04"
+# What PEFT keeps beside a file.
+SETTINGS = "adapter_config.json"
 _LISTED = 5
-# Up to so many multiplications OpenBLAS uses one thread. Thin products gain nothing from more, and
-# lose much where the cores are busy; blocks of this size also stay in the processor's cache.
-_ONE_THREAD = 2**18
-_ROWS = 32
-
-
-@dataclass(frozen=True, eq=False)
-class LoraLayer:
-    """
-    What a LoRA adds to one linear or convolution weight.
-
-    Attributes:
-        down: float32, ``[rank, in]`` or ``[rank, in, height, width]``.
-        up: float32, ``[out, rank]`` or ``[out, rank, 1, 1]``.
-        alpha: The delta is scaled by ``alpha / rank``.
-    """
-
-    down: np.ndarray
-    up: np.ndarray
-    alpha: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the torch weight that the layer is for, output channels first."""
-        return (self.up.shape[0], *self.down.shape[1:])
-
-    def add_to(self, weights: np.ndarray, weight: float) -> None:
-        """
-        Add ``weight * alpha / rank * up @ down`` to a torch weight, in place.
-
-        Args:
-            weights: float32 of :attr:`shape`; a convolution's must be contiguous.
-            weight: How strongly the LoRA works.
-        """
-        rank = len(self.down)
-        up = self.up.reshape(-1, rank) * (weight * self.alpha / rank)
-        down = self.down.reshape(rank, -1)
-        flat = weights.reshape(len(up), -1)
-        width = max(1, _ONE_THREAD // (_ROWS * rank))
-        for left in range(0, flat.shape[1], width):
-            columns = slice(left, left + width)
-            for top in range(0, len(up), _ROWS):
-                rows = slice(top, top + _ROWS)
-                flat[rows, columns] += up[rows] @ down[:, columns]
 
 
 @dataclass(frozen=True)
@@ -104,15 +85,17 @@ class LoraFile:
 
     Attributes:
         name: The file's name without its suffix.
-        digest: SHA-256 of the file's bytes, hexadecimal.
+        digest: SHA-256 of the file's bytes, hexadecimal, and of PEFT's settings where those lie
+            beside.
         layers: For each component (``"unet"``, ``"text_encoder"``, ``"text_encoder_2"``) that the
-            file changes, the layers by torch module path, for example
-            ``"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"``.
+            file changes, its changes by layer, named flat as kohya has it, for example
+            ``"down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"``. Which module of a
+            graph that is, `fusion.check` finds out.
     """
 
     name: str = field(compare=False)
     digest: str
-    layers: Mapping[str, Mapping[str, LoraLayer]] = field(compare=False, repr=False)
+    layers: Mapping[str, Mapping[str, Change]] = field(compare=False, repr=False)
 
 
 class _Adapter(BaseModel):
@@ -120,98 +103,95 @@ class _Adapter(BaseModel):
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
-    lora_alpha: float | None = None
+    lora_alpha: float | None = Field(
+        default=None, validation_alias=AliasChoices("lora_alpha", "alpha")
+    )
     alpha_pattern: dict[str, float] = {}
     use_rslora: bool = False
 
-    def alpha(self, module: str, rank: int) -> float:
-        """Return the alpha of a module's layer, such that ``alpha / rank`` is its scale."""
-        alpha = rank if self.lora_alpha is None else self.lora_alpha
+    def alpha(self, layer: str, rank: int | None) -> float | None:
+        """Return the alpha of a layer, such that ``alpha / rank`` is its scale."""
+        alpha = self.lora_alpha
         for name, value in self.alpha_pattern.items():
-            if f".{module}".endswith(f".{canonical(name.removeprefix('^'))}"):
+            if f"_{layer}".endswith(f"_{flat(name.removeprefix('^'))}"):
                 alpha = value
                 break
         # Rank-stabilised LoRA divides by the root of the rank (arXiv:2312.03732).
-        return alpha * math.sqrt(rank) if self.use_rslora else alpha
+        if self.use_rslora and rank is not None:
+            return (rank if alpha is None else alpha) * math.sqrt(rank)
+        return alpha
 
 
-def read_lora(path: Path, family: str = "sd") -> LoraFile:
+def read_lora(path: Path, components: Collection[str] = ("unet", "text_encoder")) -> LoraFile:
     """
-    Read a LoRA from a ``.safetensors`` file in the format of diffusers (PEFT) or of kohya.
+    Read a LoRA from a ``.safetensors`` file as diffusers, PEFT, kohya, LyCORIS or ComfyUI write it.
 
     Args:
         path: The file.
-        family: What the model is: ``"sd"`` (SD 1.x and 2.x) or ``"sdxl"``.
+        components: Of the model, those that a LoRA can change.
 
     Returns:
-        The file's layers as float32. Whether they fit a model is for :func:`check` to say.
+        What the file does to each layer that it names. Whether a model has these layers is for
+        `fusion.check` to say.
 
     Raises:
-        LoraError: The file is missing, a pickle, damaged, made for another family of models, of a
-            kind other than LoRA, incomplete, or holds values that are not finite numbers.
+        LoraError: The file is missing, a pickle, damaged, no LoRA, of a kind that is not
+            supported, incomplete, changes a component that the model has not, or holds values that
+            are not finite numbers.
     """
-    if family not in _FAMILIES:
-        raise LoraError(
-            f"LoRA {path} was asked for on a model of the family {family!r}, but LoRA works for "
-            f"{' and '.join(_FAMILIES.values())} alone. Ask for this model without a LoRA."
-        )
     digest, tensors, adapters = _contents(path)
-    alphas = {
-        key.removesuffix(".alpha"): tensors.pop(key) for key in [*tensors] if key.endswith(".alpha")
-    }
-    _refuse_foreign(path, tensors, family)
-    layers: dict[str, dict[str, LoraLayer]] = {}
-    for (component, module), keys in _pairs(path, tensors, family).items():
-        if keys.keys() != {"A", "B"}:
+    layers: dict[tuple[str, str], dict[str, str]] = {}
+    unknown = []
+    for key in tensors:
+        named = layer_key(key, components)
+        if named is None:
+            unknown.append(key)
+            continue
+        roles = layers.setdefault((named.component, named.layer), {})
+        if named.role in roles:
             raise LoraError(
-                f"LoRA {path} holds only one of the two matrices of {component}.{module}: "
-                f"{listed(keys.values())}. Get the whole file."
+                f"LoRA {path} names one layer twice: {listed([key, roles[named.role]])}. "
+                "The file is damaged; get it again."
             )
-        down, up = (tensors[keys[side]].float().numpy() for side in "AB")
-        stem = keys["A"].removesuffix(".lora_down.weight")
-        alpha = (
-            alphas.pop(stem).float().numpy()
-            if stem in alphas
-            else adapters[component].alpha(module, rank=len(down))
-        )
-        layer = _layer(path, f"{component}.{module}", down, up, alpha)
-        layers.setdefault(component, {})[module] = layer
-    if alphas:
-        raise LoraError(
-            f"LoRA {path} holds an alpha, but no matrices, for {listed(alphas)}. "
-            "Get the whole file."
-        )
+        roles[named.role] = key
+    _refuse_unknown(path, unknown)
+    changes: dict[str, dict[str, Change]] = {}
+    for (component, layer), keys in layers.items():
+        if component not in components:
+            example = next(iter(keys.values()))
+            raise LoraError(
+                f"LoRA {path} changes the {component} (it holds {example!r}), and this model has "
+                f"{', '.join(sorted(components))} only. Use a LoRA that was trained for a model "
+                "of this kind."
+            )
+        arrays = {role: _array(path, key, tensors[key]) for role, key in keys.items()}
+        rank = len(arrays["down"]) if "down" in arrays and arrays["down"].ndim else None
+        alpha = adapters[component].alpha(layer, rank)
+        try:
+            changes.setdefault(component, {})[layer] = change_of(arrays, alpha)
+        except LoraError as error:
+            stem = min(keys.values(), key=len).rpartition(".")[0]
+            msg = f"LoRA {path} {error} for {component}.{layer} ({stem}). Get the whole file."
+            raise LoraError(msg) from error
+    if not changes:
+        raise LoraError(f"LoRA {path} holds no layers. Get the whole file.")
     return LoraFile(
         name=path.stem,
         digest=digest,
-        layers=MappingProxyType({name: MappingProxyType(part) for name, part in layers.items()}),
+        layers=MappingProxyType({name: MappingProxyType(part) for name, part in changes.items()}),
     )
 
 
 def _contents(path: Path) -> tuple[str, dict[str, torch.Tensor], dict[str, _Adapter]]:
     """Return the digest, the tensors and the adapter settings of one reading of the file."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(_ZIP))
-            if path.suffix.lower() != ".safetensors" or start == _ZIP:
-                raise LoraError(
-                    f"LoRA {path} is not a .safetensors file. Other formats are pickles, which "
-                    "can run code when they are read: they are refused. Convert it to .safetensors."
-                )
-            data = start + file.read()
-    except OSError as error:
-        raise LoraError(
-            f"LoRA {path} cannot be read: {error.strerror}. Check the path and its permissions."
-        ) from error
+    data = _bytes(path)
     heavy()
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         tensors = load(data)
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        settings = json.loads(header.get("lora_adapter_metadata", "{}"))
+        settings, beside = _settings(path, data, tensors)
         adapters = {
             component: _Adapter.model_validate(
                 {
@@ -222,110 +202,87 @@ def _contents(path: Path) -> tuple[str, dict[str, torch.Tensor], dict[str, _Adap
             )
             for component in _COMPONENTS
         }
-    except (SafetensorError, ValueError, KeyError, AttributeError) as error:
+    # A header is a stranger's text: whatever its reader stumbles over, the file is damaged.
+    except (
+        SafetensorError, ValueError, LookupError, AttributeError, TypeError, RecursionError,
+        OverflowError, MemoryError,
+    ) as error:  # fmt: skip
         raise LoraError(
             f"LoRA {path} is damaged or not a .safetensors file: {error}. Get the file again."
         ) from error
-    return hashlib.sha256(data).hexdigest(), tensors, adapters
+    return hashlib.sha256(data + beside).hexdigest(), tensors, adapters
 
 
-def _refuse_foreign(path: Path, keys: Iterable[str], family: str) -> None:
-    """Refuse another kind of adapter, and a LoRA whose keys tell that it is for other models."""
-    others = {"sd": (_TRANSFORMER, _SDXL), "sdxl": (_TRANSFORMER, _SD)}[family]
-    names = {_TRANSFORMER: "a transformer (Flux, SD3)", _SDXL: "SDXL", _SD: "SD 1.x or 2.x"}
-    for key in keys:
-        for kind, mark in _OTHER_KINDS.items():
-            if mark.search(key):
-                raise LoraError(
-                    f"LoRA {path} is {kind} (it holds {key!r}), which is not supported. "
-                    "Use a LoRA of linear and convolution layers."
-                )
-        for other in others:
-            if other.search(key):
-                raise LoraError(
-                    f"LoRA {path} was trained for {names[other]} (it holds {key!r}), but the "
-                    f"model is {_FAMILIES[family]}. Use a LoRA trained for this model."
-                )
-
-
-def _pairs(path: Path, keys: Iterable[str], family: str) -> dict[tuple[str, str], dict[str, str]]:
-    """Return for each (component, torch module path) the file's keys: down is "A", up is "B"."""
-    from diffusers.loaders import (
-        StableDiffusionLoraLoaderMixin,
-        StableDiffusionXLLoraLoaderMixin,
-    )
-    from diffusers.utils.state_dict_utils import (
-        StateDictType,
-        convert_state_dict_to_peft,
-        convert_unet_state_dict_to_peft,
-    )
-
-    # The converters rename keys and never look at values: what goes in as value is the key itself.
-    named = {key: key for key in keys}
+def _bytes(path: Path) -> bytes:
+    """Read a file whole that is a .safetensors file by name and beginning."""
     try:
-        if family == "sd":
-            renamed, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(named)
-        else:
-            renamed, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
-                named, unet_config=SimpleNamespace(layers_per_block=2)
-            )
-    except (ValueError, KeyError) as error:
+        # What is no file may never end, or never begin.
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise LoraError(f"LoRA {path} is a device or a pipe. Give a .safetensors file.")
+        with path.open("rb") as file:
+            start = file.read(len(_ZIP))
+            if path.suffix.lower() != ".safetensors" or start == _ZIP:
+                raise LoraError(
+                    f"LoRA {path} is not a .safetensors file. Other formats are pickles, which "
+                    "can run code when they are read: they are refused. Convert it to .safetensors."
+                )
+            return start + file.read()
+    except OSError as error:
         raise LoraError(
-            f"LoRA {path} has keys that diffusers cannot convert: {error}. "
-            "Use a LoRA in the format of diffusers or kohya, and get the whole file."
+            f"LoRA {path} cannot be read: {error.strerror}. Check the path and its permissions."
         ) from error
-    pairs: dict[tuple[str, str], dict[str, str]] = {}
-    for name, key in renamed.items():
-        component, _, rest = name.partition(".")
-        if component == "unet":
-            (peft,) = convert_unet_state_dict_to_peft({rest: key})
-        else:
-            (peft,) = convert_state_dict_to_peft(
-                convert_state_dict_to_peft({rest: key}, StateDictType.DIFFUSERS_OLD),
-                StateDictType.DIFFUSERS,
+
+
+def _settings(path: Path, data: bytes, keys: Collection[str]) -> tuple[dict[str, Any], bytes]:
+    """Return PEFT's settings by ``"<component>.<name>"``, and their bytes if from another file."""
+    if any(is_peft(key) for key in keys) and not any(key.endswith(".alpha") for key in keys):
+        config = path.with_name(SETTINGS)
+        try:
+            beside = config.read_bytes()
+        except OSError as error:
+            msg = (
+                f"LoRA {path} was written by PEFT, which keeps alpha in {SETTINGS}, and "
+                f"that cannot be read beside it: {error.strerror}. Put it there."
             )
-        weight = _WEIGHT.fullmatch(peft)
-        if component in _COMPONENTS and weight:
-            pair = pairs.setdefault((component, canonical(weight["module"])), {})
-            pair[weight["side"]] = key
-    used = {key for pair in pairs.values() for key in pair.values()}
-    if unknown := named.keys() - used:
+            raise LoraError(msg) from error
+        settings = json.loads(beside)
+        names = {f"{part}.{key}": settings[key] for part in _COMPONENTS for key in settings}
+        return names, beside
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    return json.loads(header.get("lora_adapter_metadata", "{}")), b""
+
+
+def _refuse_unknown(path: Path, keys: Collection[str]) -> None:
+    """Refuse a file with keys that are no layer's; what they are is told where that is certain."""
+    for kind, (mark, advice) in _OTHERS.items():
+        for key in keys:
+            if mark.fullmatch(key) or (kind == "a whole checkpoint" and mark.match(key)):
+                raise LoraError(f"LoRA {path} is {kind} (it holds {key!r}). {advice}")
+    if keys:
         raise LoraError(
-            f"LoRA {path} has keys that name no layer, or one twice: {listed(unknown)}. "
-            "Use a LoRA in the format of diffusers or kohya."
+            f"LoRA {path} has {len(keys)} keys that name no layer's part: {listed(keys)}. "
+            "Use a LoRA as diffusers, PEFT, kohya, LyCORIS or ComfyUI write it."
         )
-    if not pairs:
-        raise LoraError(f"LoRA {path} holds no layers. Get the whole file.")
-    return pairs
 
 
-def _layer(
-    path: Path, name: str, down: np.ndarray, up: np.ndarray, alpha: np.ndarray | float
-) -> LoraLayer:
-    """Make a layer of two matrices that fit each other and hold nothing but finite numbers."""
+def _array(path: Path, key: str, tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor as float32, and refuse what is not finite numbers."""
     import numpy as np
 
-    match down.shape, up.shape:
-        case ((rank, _), (_, same)) | ((rank, _, _, _), (_, same, 1, 1)) if (
-            rank == same and down.size and np.size(alpha) == 1
-        ):
-            pass
-        case _:
-            raise LoraError(
-                f"LoRA {path} holds matrices of {name} that do not fit each other: down "
-                f"{down.shape}, up {up.shape}. The file is damaged; get it again."
-            )
-    if not (np.isfinite(down).all() and np.isfinite(up).all() and np.isfinite(alpha)):
+    try:
+        array: np.ndarray = tensor.float().numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
         raise LoraError(
-            f"LoRA {path} holds values of {name} that are not finite numbers. "
+            f"LoRA {path} holds {key!r} as {tensor.dtype}, which cannot be read: {error}. Use a "
+            "file in 32 or 16 bits."
+        ) from error
+    if tensor.is_complex() or not np.isfinite(array).all():
+        raise LoraError(
+            f"LoRA {path} holds values of {key!r} that are not finite numbers. "
             "Its training diverged or the file is damaged; use another one."
         )
-    return LoraLayer(down, up, float(alpha))
-
-
-def canonical(module: str) -> str:
-    """Return a module path as all versions of transformers have it (some leave out a prefix)."""
-    return module.removeprefix("text_model.")
+    return array
 
 
 def listed(names: Iterable[str]) -> str:

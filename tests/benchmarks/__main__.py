@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING
 import msgspec
 import platformdirs
 
+from holdfast.engine.compiling.devices import KEPT_PRIMITIVES
 from tests.benchmarks import report
 from tests.benchmarks.costs import import_seconds
 from tests.benchmarks.fleet import Worker
 from tests.benchmarks.model import make_model
 from tests.benchmarks.peers import FAR, INT8_GROUP, NEAR, compare, draw_alike, measure_peers
 from tests.benchmarks.quality import measure_quality
+from tests.benchmarks.sizes import DEFAULT, DEMO, SD15, measure_sizes
 from tests.benchmarks.workload import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-PARTS = ("peers", "int8", "images", "quality", "costs", "changes", "tiles", "large")
+PARTS = ("peers", "int8", "images", "quality", "costs", "changes", "tiles", "sizes", "large")
 
 
 def main() -> None:
@@ -51,7 +53,7 @@ def main() -> None:
         alike = draw_alike(workload, folder, int8="int8" in parts)
         report.report_images({to: compare(alike, to) for to in ("Holdfast", "Diffusers")})
     single = {"quality": _quality, "costs": _costs, "changes": _changes, "tiles": _tiles,
-              "large": _large}  # fmt: skip
+              "sizes": _sizes, "large": _large}  # fmt: skip
     for part in (name for name in single if name in parts):
         single[part](workload, folder)
     report.report_goals()
@@ -117,6 +119,19 @@ def _changes(workload: Workload, folder: Path) -> None:
 def _tiles(workload: Workload, folder: Path) -> None:
     small = Workload(**make_model(folder, tiny=True), vae=workload.model)
     report.report_tiles(_ask("tiles:Tiles", small, folder, "hires")["hires"])
+
+
+def _sizes(workload: Workload, folder: Path) -> None:
+    report.report_sizes(
+        {
+            "the demo model": measure_sizes(
+                "demo", workload, DEMO, (DEFAULT, 200, KEPT_PRIMITIVES), folder
+            ),
+            "Stable Diffusion 1.5's size": measure_sizes(
+                workload.model, workload, SD15, (DEFAULT, 200, KEPT_PRIMITIVES), folder
+            ),
+        }
+    )
 
 
 def _large(workload: Workload, folder: Path) -> None:

@@ -37,7 +37,7 @@ class Changes(Costs):
 
     def small(self, **fields: Any) -> Any:
         """Return a request that puts img2img's components in service at little cost."""
-        from holdfast.engine.requests import Hires
+        from holdfast.engine.requests.hires import Hires
 
         return Hires(prompt="a tree", seed=1, width=64, height=64, steps=1, hires_steps=1, **fields)
 
@@ -75,7 +75,7 @@ class Changes(Costs):
         return self._measured(lambda: None, grow)
 
     def _use(self, weight: float) -> Any:
-        from holdfast.engine.requests import Lora
+        from holdfast.engine.requests.lora import Lora
 
         return Lora(self.lora, weight)
 

@@ -62,7 +62,7 @@ class Costs(Holdfast):
 
     def batch(self) -> dict[str, float]:
         """Hold a batch of 4 against 4 single runs."""
-        from holdfast.engine.requests import Txt2Img
+        from holdfast.engine.requests.txt2img import Txt2Img
 
         side = self.workload.side
         one = Txt2Img(prompt="a tree", seed=1, width=side, height=side, steps=4)
@@ -100,9 +100,9 @@ class Silent(Holdfast):
 
 
 def _bookkeeping(engine: Any) -> dict[str, float]:
-    from holdfast.engine.events import Emitter
+    from holdfast.engine.logbook.events import Emitter
     from holdfast.engine.pipeline import CompiledPipeline
-    from holdfast.engine.requests import Hires
+    from holdfast.engine.requests.hires import Hires
     from holdfast.states import Lifecycle
 
     request = Hires(prompt="a tree", seed=1, width=64, height=64, steps=20, hires_steps=10)

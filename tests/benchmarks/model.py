@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from holdfast.engine.diskcache import build_once
 from holdfast.engine.imports import heavy, quiet
-from holdfast.engine.source import resolve
-from tests.models import build_sd15_size, build_tiny_sd
+from holdfast.engine.models.diskcache import build_once
+from holdfast.engine.models.source import resolve
+from tests.support.models import build_sd15_size, build_tiny_sd
 
 if TYPE_CHECKING:
     from pathlib import Path

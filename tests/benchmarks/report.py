@@ -241,6 +241,21 @@ def report_tiles(taken: Mapping[str, float]) -> None:
     )
 
 
+def report_sizes(models: Mapping[str, Mapping[int, Mapping[str, float]]]) -> None:
+    """Write what many sizes leave in memory, and what they take, by what each graph keeps."""
+    write_raw("sizes", {"machine": machine(), "models": models})
+    rows = [
+        ["model", "sizes", "kept of each kind", "resident before, MB", "after, MB",
+         "CPU s of all sizes", "CPU s of an image, two sizes in turn"]
+    ]  # fmt: skip
+    for model, capacities in models.items():
+        for capacity, each in capacities.items():
+            resident = [f"{each[when] / 1e6:.0f}" for when in ("before", "after")]
+            seconds = [f"{each['cpu']:.1f}", f"{each['turns']:.3f}"]
+            rows.append([model, f"{each['sizes']:.0f}", f"{capacity}", *resident, *seconds])
+    write_table("sizes", rows)
+
+
 def report_goals() -> None:
     """Write what is aimed at beside what was measured, as far as it was."""
     raw = json.loads(PLACES.raw.read_text())

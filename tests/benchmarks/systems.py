@@ -48,7 +48,7 @@ class Holdfast:
 
     def request(self, prompt: str, seed: int) -> Any:
         """Return the workload as a request."""
-        from holdfast.engine.requests import Hires
+        from holdfast.engine.requests.hires import Hires
 
         load = self.workload
         return Hires(

@@ -33,7 +33,7 @@ class Tiles:
 
     def hires(self) -> dict[str, float]:
         """Make an image of twice `SIDE`, and tell what the VAE took for it."""
-        from holdfast.engine.requests import Hires
+        from holdfast.engine.requests.hires import Hires
 
         request = Hires(
             prompt="a tree", seed=1, width=SIDE, height=SIDE, scale=2.0, upscaler="lanczos",

@@ -12,9 +12,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from holdfast.engine import Engine, Lora, Txt2Img
-from holdfast.engine.memory import private_bytes
-
-from .engines import PROMPT, live_components
+from holdfast.engine.compiling.memory import private_bytes
+from tests.support.engines import PROMPT, live_components
 
 if TYPE_CHECKING:
     from collections.abc import Callable

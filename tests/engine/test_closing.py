@@ -15,9 +15,8 @@ import pytest
 
 from holdfast.engine import Engine, Hires, Img2Img, Txt2Img
 from holdfast.states import State
-
-from .engines import live_components
-from .workbench import PATIENCE
+from tests.support.engines import live_components
+from tests.support.workbench import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,14 +67,14 @@ def test_a_forgotten_engine_warns_and_cleans_up(tiny_ir: Path, tiny_cache: Path)
 
 
 def test_closing_stops_a_run_where_asked(open_engine: Open) -> None:
-    """close(wait=False) returns at once and stops the run; close() lets a run end."""
+    """close(cancel=True) stops the run and waits for that; close() lets a run end."""
     whole, stopped = open_engine(), open_engine()
     long = Hires(prompt=PROMPT, width=64, height=64, steps=500, scale=2, seed=3)
     job = stopped.submit(long)
     wait_for(lambda: job.status == "running")
-    assert not stopped.close(wait=False)
-    assert stopped.close(timeout=PATIENCE)
+    assert stopped.close(cancel=True)
     assert job.status == "cancelled"
+    assert stopped.state is State.UNLOADED
     job = whole.submit(TXT2IMG)
     wait_for(lambda: job.status != "queued")
     assert whole.close()

@@ -22,15 +22,14 @@ from holdfast.engine import (
     Txt2Img,
 )
 from holdfast.engine.subscribers import Event, Finished
-
-from .engines import live_components
-from .guests import PATIENCE, Guest, pixels
+from tests.support.engines import live_components
+from tests.support.guests import PATIENCE, Guest, pixels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from holdfast.engine.requests import Request
+    from holdfast.engine.requests.kinds import Request
 
     Open = Callable[..., Engine]
     Right = Mapping[tuple[str, bool], list[str]]

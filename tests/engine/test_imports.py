@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from holdfast.engine.imports import quiet
+from tests.support.audited import events_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,7 +79,9 @@ class Host:
             env={
                 **kept,
                 "HOME": str(self._folder),
-                "PYTHONPATH": str(self._path),
+                "PYTHONPATH": os.pathsep.join(
+                    filter(None, (str(self._path), kept.get("PYTHONPATH")))
+                ),
                 "WATCH_LOG": str(self._log),
             },
             capture_output=True,
@@ -114,7 +118,7 @@ def test_import_and_export_are_silent(host: Host, tiny_sd: Path, tmp_path: Path)
         import sys
         from pathlib import Path
         from holdfast.engine.imports import heavy
-        from holdfast.engine.source import resolve
+        from holdfast.engine.models.source import resolve
         resolve(sys.argv[1], Path(sys.argv[2]), lambda *_, **__: None)
         assert not {"torch", "diffusers", "openvino"} & set(sys.modules)
         heavy()
@@ -124,7 +128,7 @@ def test_import_and_export_are_silent(host: Host, tiny_sd: Path, tmp_path: Path)
         tmp_path / "cache",
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert any("holdfast.engine.export" in process for process in host.processes)
+    assert any("holdfast.engine.models.export" in process for process in host.processes)
     assert host.calls == []
 
 
@@ -247,6 +251,63 @@ def test_threads_import_once(host: Host):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+BARE_STREAMS = """
+import sys
+class Window:
+    def __init__(self): self.said = ""
+    def write(self, text): self.said += text
+real, window = sys.stderr, Window()
+sys.stdout = sys.stderr = window
+from holdfast.engine.imports import heavy
+heavy()
+assert sys.stdout is sys.stderr is window
+from transformers.utils import logging
+logging.get_logger("transformers.some").error("an error")
+sys.stdout = sys.stderr = None
+heavy()
+sys.stderr = real
+assert "an error" in window.said, window.said
+"""
+
+
+def test_streams_that_can_only_be_written_to_are_enough(host: Host):
+    """A host's console without flush or isatty serves, is put back, and gets errors later."""
+    done = host.run(BARE_STREAMS)
+    assert done.returncode == 0, done.stderr
+
+
+HOST_OF_TORCH = """
+import sys, threading
+import numpy as np
+import torch
+from holdfast.engine import Engine, Hires
+def draw(scheduler):
+    request = Hires(prompt="circle", width=64, height=64, steps=3, hires_steps=2, seed=3,
+                    scheduler=scheduler, hires_scheduler="euler-a")
+    return np.asarray(engine.run(request).images[0])
+with Engine(model=sys.argv[1], cache_dir=sys.argv[2], precision="f32") as engine:
+    names = ("unipc", "dpm++2m", "lms")
+    wanted = {name: draw(name) for name in names}
+with Engine(model=sys.argv[1], cache_dir=sys.argv[2], precision="f32") as engine:
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    for name in names:
+        assert np.array_equal(draw(name), wanted[name]), name
+assert torch.get_default_dtype() is torch.float64
+assert torch.ones(1).dtype is torch.float64
+assert torch.ones(1).device.type == "meta"
+"""
+
+
+def test_what_a_host_does_to_torch_reaches_no_picture(host: Host, tiny_ir: Path, tiny_cache: Path):
+    """Default dtype and device, threads and determinism change no pixel, and stay the host's."""
+    done = host.run(HOST_OF_TORCH, tiny_ir, tiny_cache)
+    assert done.returncode == 0, done.stderr
+
+
 def chatter(module: str) -> None:
     warnings.warn_explicit("deprecated", FutureWarning, f"{module}.py", 1, module=module)
 
@@ -309,3 +370,49 @@ def test_quiet_holds_back_this_threads_records_only(caplog: pytest.LogCaptureFix
         logging.getLogger("host").warning("host")
     library.warning("after")
     assert caplog.messages == ["error", "other thread", "host", "after"]
+
+
+PLANNED = """
+import sys
+from holdfast.engine import Engine, Txt2Img, imports
+from holdfast.engine.jobs.job import Job
+
+model, cache, log = sys.argv[1:]
+advance = Job.advance
+def noted(job, phase, **facts):
+    before = job.progress.fraction
+    advance(job, phase, **facts)
+    print("phase", phase, before)
+Job.advance = noted
+request = Txt2Img(prompt="x", width=64, height=64, steps=1)
+with Engine(model=model, precision="f32", cache_dir=cache, log_file=log) as engine:
+    print("before", engine.plan(request))
+    engine.run(request)
+    print("after", engine.plan(request))
+    imports._TAKEN.clear()  # as in a process that begins
+    print("again", engine.plan(request))
+"""
+
+
+def test_imports_are_planned_shown_and_learned(tiny_ir: Path, tmp_path: Path) -> None:
+    """What is still to be imported is a line of the plan and a phase, and is learned from."""
+    host = Host(tmp_path)
+    ran = host.run(PLANNED, tiny_ir, tmp_path / "cache", tmp_path / "log.jsonl")
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert re.match(r"before import +libraries +unknown +not in this process yet", lines[0])
+    assert "after nothing to do: everything needed is in service" in lines
+    (again,) = (line for line in lines if line.startswith("again"))
+    assert re.match(r"again import +libraries +\d+\.\d s", again)
+    phases = [line.split(" ", 1)[1].rsplit(" ", 1) for line in lines if line.startswith("phase")]
+    order = list(dict.fromkeys(phase for phase, _ in phases))
+    wanted = ["prepare 1", "import optimum", "pass 1"]
+    assert [phase for phase in order if phase in wanted] == wanted
+    fractions = [float(fraction) for _, fraction in phases]
+    assert fractions == sorted(fractions)
+    assert fractions[order.index("pass 1")] > 0
+    events = events_of(tmp_path / "log.jsonl")
+    waits = [event for event in events if event["event"] == "imports.completed"]
+    assert {"openvino", "optimum"} <= {event["wanted"] for event in waits}
+    (planned,) = (event for event in events if event["event"] == "plan.made")
+    assert "import_seconds" in planned

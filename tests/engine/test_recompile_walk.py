@@ -16,27 +16,26 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from openvino import opset13
 from safetensors.numpy import save_file
 
-from holdfast.engine.config import EngineConfig
-from holdfast.engine.diskcache import DiskCache
+from holdfast.engine.compiling.plan import plan_again
 from holdfast.engine.errors import CompileError, InvalidRequest
-from holdfast.engine.events import Emitter
-from holdfast.engine.families import Geometry
-from holdfast.engine.logbook.write import JsonLines
+from holdfast.engine.logbook.events import Emitter
+from holdfast.engine.logbook.writing import JsonLines
+from holdfast.engine.models.diskcache import DiskCache
+from holdfast.engine.models.families import Geometry
 from holdfast.engine.pipeline import CompiledPipeline
-from holdfast.engine.plan import plan_again
-from holdfast.engine.requests import Lora
+from holdfast.engine.requests.config import EngineConfig
+from holdfast.engine.requests.lora import Lora
 from holdfast.states import Lifecycle, Mode
-
-from ..logbook.audited import assert_clean, events_of  # noqa: TID252 - tests are no installed package
-from .engines import live_components
+from tests.support.audited import assert_clean, events_of
+from tests.support.engines import live_components
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from holdfast.engine.compiler import Component
-    from holdfast.engine.keys import ComponentKey
-    from holdfast.engine.plan import Plan
+    from holdfast.engine.compiling.compiler import Component
+    from holdfast.engine.compiling.keys import ComponentKey
+    from holdfast.engine.compiling.plan import Plan
 
 WEIGHTS = st.sampled_from([(), (0.5,), (1.0,), (0.5, -1.0)])
 COMPILED = ("lora", "shapes", "precision")
@@ -154,7 +153,8 @@ class Walk(RuleBasedStateMachine):
         cache = DiskCache(self.folder, 2**30, self.emit)
         self.emit(
             "engine.opened",
-            versions={}, model="toy", device_asked="CPU", config_digest="", platform="",
+            versions={}, model="toy", device_asked="CPU", settings={}, config_digest="",
+            machine={}, platform="",
         )  # fmt: skip
         self.pipeline = CompiledPipeline(config, self.lifecycle, cache, self.emit)
         compiler = self.pipeline.store.compiler

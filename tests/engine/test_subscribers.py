@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
-from holdfast.engine.errors import Cancelled, EngineClosed
+from holdfast.engine.errors import Cancelled, EngineClosed, InvalidRequest
 from holdfast.engine.subscribers import (
     LIMIT,
     CompileHeartbeat,
@@ -22,13 +22,12 @@ from holdfast.engine.subscribers import (
     Subscribers,
     Transition,
 )
-
-from .workbench import PATIENCE, Bench
+from tests.support.workbench import PATIENCE, Bench
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from holdfast.engine.jobs import Job
+    from holdfast.engine.jobs.job import Job
 
 MOVED = {"trigger": "load-txt2img", "source": "unloaded", "dest": "compiled-txt2img"}
 
@@ -53,7 +52,7 @@ class Listener:
 
 @pytest.fixture
 def subscribers(bench: Bench) -> Iterator[Subscribers]:
-    subscribers = Subscribers(bench.owner)
+    subscribers = Subscribers(bench.worker)
     yield subscribers
     bench.gate.set()
     subscribers.close()
@@ -145,7 +144,7 @@ def test_a_finished_request_has_an_ended_job(bench: Bench, subscribers: Subscrib
     subscribers.subscribe(hear, [Finished])
     for number in range(100):
         known.clear()
-        job = jobs[str(number)] = bench.owner.submit("x", work, request_id=str(number))
+        job = jobs[str(number)] = bench.worker.submit("x", work, request_id=str(number))
         known.set()
         job.result(PATIENCE)
     subscribers.close()
@@ -178,7 +177,7 @@ def test_progress_is_told_at_every_phase_and_step(bench: Bench, subscribers: Sub
             job.advance("pass 1", pass_number=1, step=step, steps=9)
             bench.emit("step.completed", step=step, steps=9, image=0, seconds=0.0)
 
-    bench.owner.submit("x", work, request_id="r1").result(PATIENCE)
+    bench.worker.submit("x", work, request_id="r1").result(PATIENCE)
     subscribers.close()
     places = [(event.progress.phase, event.progress.step) for event in listener.events]
     assert places == [("prepare 1", None), *(("pass 1", step) for step in range(1, 10))]
@@ -285,7 +284,7 @@ def test_a_slow_subscriber_misses_progress_next(bench: Bench, subscribers: Subsc
             job.advance("pass 1", step=step, steps=10 * LIMIT)
             bench.emit("step.completed", step=step, steps=10 * LIMIT, image=0, seconds=0.0)
 
-    bench.owner.submit("x", work).result(PATIENCE)
+    bench.worker.submit("x", work).result(PATIENCE)
     for number in range(10):
         move(bench, number)
     listener.gate.set()
@@ -329,7 +328,7 @@ def test_a_stuck_subscriber_delays_no_job_and_no_other_subscriber(
         bench.emit("request.completed", request_id="r1", seconds=1.0)
         return 5
 
-    assert bench.owner.submit("x", work).result(PATIENCE) == 5
+    assert bench.worker.submit("x", work).result(PATIENCE) == 5
     assert heard.wait(PATIENCE)
     assert stuck.events == []
     stuck.gate.set()
@@ -365,8 +364,8 @@ def test_a_subscriber_may_use_the_engine(bench: Bench, subscribers: Subscribers)
 
     def busy(event: Transition) -> None:
         if event.reason == "1":
-            found.append(bench.owner.submit("x", lambda _: 5).result(PATIENCE))
-            found.append(bench.owner.call("configure", lambda _: 6))
+            found.append(bench.worker.submit("x", lambda _: 5).result(PATIENCE))
+            found.append(bench.worker.call("configure", lambda _: 6))
             bench.busy()
             found.append(bench.named("y").cancel())
             bench.gate.set()
@@ -438,7 +437,7 @@ def test_closing_does_not_hang_on_a_stuck_subscriber(
 def test_without_subscribers_nothing_runs(bench: Bench) -> None:
     """No thread and no sink before the first subscriber."""
     before = threading.active_count()
-    subscribers = Subscribers(bench.owner)
+    subscribers = Subscribers(bench.worker)
     move(bench, 1)
     assert threading.active_count() == before
     assert subscribers not in bench.emit._sinks
@@ -455,3 +454,45 @@ def test_a_callback_need_not_be_hashable_or_comparable(
     move(bench, 1)
     subscribers.close()
     assert len(got) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"callback": "print"}, "is no function"),
+        ({"callback": None}, "is no function"),
+        *(({"preview_every": each}, "whole number") for each in (0, -1, 1.5, "2", True, None)),
+        *(({"kinds": each}, "no class of events") for each in ("Preview", ["Preview"], [int], 7)),
+    ],
+)
+def test_arguments_are_checked_at_the_door(
+    subscribers: Subscribers, wrong: dict[str, Any], said: str
+) -> None:
+    """What can never be told is refused when it is asked for, and no thread is started."""
+    before = threads()
+    with pytest.raises(InvalidRequest, match=said):
+        subscribers.subscribe(**{"callback": print} | wrong)
+    assert threads() == before
+
+
+def test_one_class_is_as_good_as_a_list_of_it(bench: Bench, subscribers: Subscribers) -> None:
+    """A class of events by itself stands for the list that holds it."""
+    listener = Listener()
+    subscribers.subscribe(listener, Transition)
+    move(bench, 1)
+    bench.emit("degradation", kind="prompt_truncated", asked="long", given="short")
+    subscribers.close()
+    assert [type(event) for event in listener.events] == [Transition]
+
+
+def test_an_event_that_cannot_be_told_takes_no_other_with_it(
+    bench: Bench, subscribers: Subscribers
+) -> None:
+    """A record that no event can be made of is logged, and the next one is told."""
+    listener = Listener()
+    subscribers.subscribe(listener, Event)
+    bench.emit("cancel.observed", request_id="r")  # which says nothing of the phase
+    move(bench, 1)
+    subscribers.close()
+    assert [event.reason for event in listener.of(Transition)] == ["1"]
+    assert "phase" in bench.events("subscriber.failed")[0]["error"]

@@ -9,8 +9,7 @@ from PIL import Image
 
 from holdfast.engine import CompileError, Img2Img, InvalidRequest, Lora, ModelSourceError, Txt2Img
 from holdfast.states import State
-
-from .engines import PROMPT, change_weights, opened, pipeline_of, pixels, record
+from tests.support.engines import PROMPT, change_weights, opened, pipeline_of, pixels, record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -238,7 +237,7 @@ def test_a_source_that_is_not_there_is_refused_first(
 ) -> None:
     """A model, VAE or LoRA that does not exist is refused before anything is done."""
     before, log = engine.snapshot(), record(engine)
-    value: Any = str(tmp_path / "nothing")
+    value: Any = str(tmp_path / ("nothing.safetensors" if field == "lora" else "nothing"))
     with pytest.raises(ModelSourceError, match="nothing"):
         engine.configure(**{field: (Lora(value),) if field == "lora" else value})
     assert engine.snapshot() == before
@@ -263,7 +262,7 @@ def test_a_property_that_openvino_refuses_is_rolled_back(
     (started,) = log.events("component.compile.started")
     assert (error.component, error.key) == ("text_encoder", started["key"])
     assert cause in str(error)
-    assert "What served before still does." in str(error)
+    assert "The components from before are still in service." in str(error)
     assert cause in str(error.__cause__)
     assert error.state_after == "compiled-img2img"
     assert engine.snapshot() == before

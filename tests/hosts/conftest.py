@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from holdfast.engine import Engine
-from holdfast.engine.jobs import Job
+from holdfast.engine.jobs.job import Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

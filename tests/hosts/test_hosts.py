@@ -3,16 +3,20 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
 
 from holdfast.engine import Cancelled, Engine, Hires, Txt2Img
+from tests.support.audited import assert_clean
 
 from .conftest import EXAMPLES, PATIENCE
 
@@ -112,6 +116,7 @@ def test_a_loop_stops_jobs(engine: Engine, example: Example) -> None:
 
     async def leave() -> None:
         task = asyncio.create_task(host.visitor(engine))
+        await asyncio.sleep(0.01)  # until it is submitted the job before may count as running
         while engine.activity != "running":
             assert not task.done()
             await asyncio.sleep(0.01)
@@ -209,6 +214,61 @@ def test_a_service_says_what_is_wrong(web: Any) -> None:
     assert answer.status_code == 422
     assert "multiples of 16" in answer.json()["detail"]
     assert web.get("/jobs/none/events").status_code == 404
+
+
+def test_a_server_that_is_asked_to_end_gives_all_back(
+    tiny_ir: Path, tmp_path: Path, example: Example
+) -> None:
+    """Under uvicorn a SIGTERM amid a run stops it and closes the engine; the log is whole."""
+    example("fastapi_host", "fastapi", "httpx", "uvicorn")
+    import httpx
+
+    log = tmp_path / "log.jsonl"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    program = textwrap.dedent(f"""
+        import fastapi_host
+        import uvicorn
+        from holdfast.engine import Engine
+        settings = {{"cache_dir": {str(tmp_path)!r}, "log_file": {str(log)!r}}}
+        fastapi_host.Engine = lambda _: Engine({str(tiny_ir)!r}, **settings)
+        uvicorn.run(fastapi_host.service, port={port}, timeout_graceful_shutdown=1)
+    """)
+    with subprocess.Popen(  # noqa: S603 - our own interpreter, on the program above
+        [sys.executable, "-c", program],
+        cwd=EXAMPLES, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as server:  # fmt: skip
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
+                post_when_ready(client, server)
+                while '"step.completed"' not in log.read_text():
+                    assert server.poll() is None
+                    time.sleep(0.05)
+            server.send_signal(signal.SIGTERM)
+            server.wait(PATIENCE)
+        finally:
+            server.kill()
+    assert_clean(log)
+    names = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert names[-1] == "engine.closed"
+    assert "request.cancelled" in names
+    assert "request.completed" not in names
+
+
+def post_when_ready(client: Any, server: subprocess.Popen[bytes]) -> None:
+    """Submit a run of minutes as soon as the server takes it."""
+    import httpx
+
+    request = Txt2Img(prompt=PROMPT, seed=7, width=64, height=64, steps=900, batch=8)
+    long = json.loads(request.to_json())
+    while True:
+        assert server.poll() is None
+        try:
+            assert client.post("/jobs", json=long).status_code == 202
+        except httpx.ConnectError:
+            time.sleep(0.1)
+        else:
+            return
 
 
 # All ----------------------------------------------------------------------------------------------

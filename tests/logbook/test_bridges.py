@@ -10,10 +10,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from holdfast.engine.bridges import OpenTelemetry
-from holdfast.engine.events import Emitter
-
-from .audited import events_of
+from holdfast.engine.logbook.bridges import OpenTelemetry
+from holdfast.engine.logbook.events import Emitter
+from tests.support.audited import events_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import pytest
 import structlog
 
 from holdfast.engine.errors import Cancelled
-from holdfast.engine.events import EVENTS, LOGGER_NAME, Emitter
-from tests.engine.workbench import PATIENCE, Bench
+from holdfast.engine.logbook.events import EVENTS, Emitter
+from holdfast.states.hosting import LOGGER_NAME
+from tests.support.workbench import PATIENCE, Bench
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -46,7 +48,7 @@ def test_event_is_not_rendered_for_a_null_handler(also: str) -> None:
     """Where the host routes nothing, no text is made of an event; its number is used up."""
     program = f"""
 import logging
-from holdfast.engine.events import Emitter
+from holdfast.engine.logbook.events import Emitter
 from tests.logbook.test_emitting import Costly
 emit, costly, sinks = Emitter("e"), Costly(), []
 {also}
@@ -104,10 +106,126 @@ def test_sink_that_raises_is_dropped_and_told_of() -> None:
     def broken(_: Mapping[str, Any]) -> None:
         raise OSError("no space left")
 
-    emit = Emitter("e", (broken, lambda record: told.append((record["seq"], record["event"]))))
+    emit = Emitter("e")
+    emit.add_sink(broken)
+    emit.add_sink(lambda record: told.append((record["seq"], record["event"])))
     emit("engine.closed", state="unloaded", uptime_seconds=1.0)
     emit("memory.sampled", rss_bytes=1, held_bytes=0)
     assert told == [(1, "engine.closed"), (2, "subscriber.failed"), (3, "memory.sampled")]
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError])
+def test_sink_that_exits_is_dropped_as_any_other(kind: type[BaseException]) -> None:
+    """Whatever a sink raises in an engine's thread, the event is told and the sink is not again."""
+    told: list[str] = []
+
+    def leave(_: Mapping[str, Any]) -> None:
+        raise kind
+
+    emit = Emitter("e")
+    emit.add_sink(leave)
+    emit.add_sink(lambda record: told.append(record["event"]))
+    work = threading.Thread(target=emit, args=("engine.closed",), kwargs={"state": "unloaded"})
+    work.start()
+    work.join()
+    emit("memory.sampled", rss_bytes=1, held_bytes=0)
+    assert told == ["engine.closed", "subscriber.failed", "memory.sampled"]
+
+
+def test_the_engines_own_sink_comes_back() -> None:
+    """A log file on a disk that is full for a while is told of once, and goes on after that."""
+    full, told, file = [True], list[str](), list[str]()
+
+    def write(record: Mapping[str, Any]) -> None:
+        if full[0]:
+            raise OSError("no space left")
+        file.append(record["event"])
+
+    emit = Emitter("e", (write,))
+    emit.add_sink(lambda record: told.append(record["event"]))
+    for is_full in (True, True, False, False, True):
+        full[0] = is_full
+        emit("memory.sampled", rss_bytes=1, held_bytes=0)
+    assert file == ["memory.sampled"] * 2
+    assert told == ["memory.sampled", "subscriber.failed", *["memory.sampled"] * 4, told[1]]
+
+
+def test_ctrl_c_inside_a_sink_is_the_hosts() -> None:
+    """A Ctrl-C that comes while the host's own thread tells something reaches it; no sink goes."""
+    told: list[int] = []
+
+    def interrupted(record: Mapping[str, Any]) -> None:
+        told.append(record["seq"])
+        if record["seq"] == 1:
+            raise KeyboardInterrupt
+
+    emit = Emitter("e", (interrupted,))
+    with pytest.raises(KeyboardInterrupt):
+        emit("memory.sampled", rss_bytes=1, held_bytes=0)
+    emit("memory.sampled", rss_bytes=1, held_bytes=0)
+    assert told == [1, 2]
+
+
+def test_no_sink_changes_what_another_one_gets(host_log: io.StringIO) -> None:
+    """Each sink has a record of its own, down to the lists and mappings in it."""
+    given = {"steps": ["compile unet"], "versions": {"openvino": "1"}}
+
+    def spoil(record: Any) -> None:
+        record["event"] = "nothing"
+        record["steps"].append("more")
+        record["versions"]["openvino"] = "2"
+        record["seq"] = 99
+
+    told: list[Mapping[str, Any]] = []
+    Emitter("e", (spoil, told.append))("plan.made", **given)
+    assert (told[0]["event"], told[0]["seq"]) == ("plan.made", 1)
+    assert {key: told[0][key] for key in given} == given
+    assert given == {"steps": ["compile unet"], "versions": {"openvino": "1"}}
+    assert "more" not in host_log.getvalue()
+
+
+def test_sink_that_calls_back_reorders_nothing() -> None:
+    """What comes up while an event is handed out is handed out after it, to everybody."""
+    told: tuple[list[int], list[int]] = ([], [])
+
+    def calls_back(record: Mapping[str, Any]) -> None:
+        told[0].append(record["seq"])
+        if record["seq"] < 4:
+            emit("memory.sampled", rss_bytes=1, held_bytes=0)
+
+    emit = Emitter("e", (calls_back, lambda record: told[1].append(record["seq"])))
+    emit("memory.sampled", rss_bytes=1, held_bytes=0)
+    assert told == ([1, 2, 3, 4], [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("name", ["_own", "_Told", "deque"])
+def test_event_that_is_broken_into_is_told_once_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """No number is missing and none stands twice, wherever memory is short while one is told."""
+    from holdfast.engine.logbook import events
+
+    function, told = getattr(events, name), list[int]()
+    raised = 0
+    for at in range(1, 9):
+        calls = itertools.count(1)
+
+        def fail(*facts: Any, at: int = at, calls: Iterator[int] = calls) -> Any:
+            if next(calls) == at:
+                raise MemoryError
+            return function(*facts)
+
+        emit = Emitter("e", (lambda record: told.append(record["seq"]),) * 2)
+        told.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(events, name, fail)
+            try:
+                emit("memory.sampled", rss_bytes=1, held_bytes=0)
+            except MemoryError:
+                raised += 1
+        emit("memory.sampled", rss_bytes=1, held_bytes=0)
+        assert told in ([1, 1, 2, 2], [1, 1]), at
+    assert raised
 
 
 @pytest.mark.parametrize(
@@ -160,13 +278,14 @@ def test_events_of_a_job_have_what_the_host_bound_where_it_was_submitted() -> No
     bench = Bench()
     try:
         with structlog.contextvars.bound_contextvars(http_request="abc"):
-            job = bench.owner.submit("x", lambda _: bench.emit("engine.closed", state="unloaded"))
+            job = bench.worker.submit("x", lambda _: bench.emit("engine.closed", state="unloaded"))
         job.result(PATIENCE)
     finally:
-        bench.owner.close(timeout=PATIENCE)
+        bench.worker.close(timeout=PATIENCE)
         structlog.reset_defaults()
     told = {event["event"]: event.get("http_request") for event in captured.entries}
-    assert told == {"request.queued": "abc", "engine.closed": "abc"}
+    names = ("request.queued", "job.started", "engine.closed", "job.completed")
+    assert told == dict.fromkeys(names, "abc")
 
 
 def test_event_without_an_entry_in_the_reference_is_refused() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tracemalloc
 import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +11,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.engine.logbook.audit import audit
+from holdfast.engine.logbook.auditing import audit
 from holdfast.engine.logbook.drawing import svg
 from holdfast.engine.logbook.page import page
 from holdfast.engine.logbook.perfetto import trace
-from holdfast.engine.logbook.read import Entry, Problem, log_lines, read
+from holdfast.engine.logbook.reading import (
+    LONGEST,
+    Entry,
+    Problem,
+    followed_lines,
+    log_lines,
+    read,
+)
+from holdfast.engine.logbook.redaction import Redaction
 from holdfast.engine.logbook.replay import courses
-from holdfast.engine.logbook.story import Story
+from holdfast.engine.logbook.sentences import Story
 from holdfast.engine.logbook.timeline import lanes
-from holdfast.engine.logbook.write import JsonLines, line
-
-from .audited import events_of
+from holdfast.engine.logbook.writing import JsonLines, line
+from tests.support.audited import events_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -131,6 +139,12 @@ def test_event_with_any_value_under_any_key_is_told_and_drawn(
     assert "</html>" in page(drawn, entries, audit(read(lines)), "log")
 
 
+def test_engine_with_a_single_event_is_drawn(hires_events: list[dict[str, Any]]) -> None:
+    """Of whichever event a log consists, it makes a picture."""
+    for event in hires_events:
+        ET.fromstring(svg(lanes(read([line(event)]))))  # noqa: S314 - our own picture
+
+
 def _with_any_value(
     events: list[dict[str, Any]], value: object, data: st.DataObject
 ) -> list[bytes]:
@@ -148,6 +162,50 @@ def test_lines_of_the_host_are_told_as_foreign_and_harm_nothing(lines: list[byte
     verdict = audit(read([*lines[:5], host, *lines[5:]]))
     assert verdict.complete
     assert verdict.problems == [Problem(6, "foreign", "no event of a Holdfast engine")]
+
+
+EVENT = b'{"event":"x","engine_id":"e","seq":1,"timestamp":86400.5}'
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        (b"\0" * 4096 + EVENT + b"\n", ["broken", "event"]),
+        (EVENT + b"\0" * 4096, ["event", "cut"]),
+        (EVENT + b"\n" + b"\0" * 4096, ["event", "broken"]),
+        (b"\xef\xbb\xbf" + EVENT + b"\n", ["event"]),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"\n" + EVENT + b"\n", ["broken", "event"]),
+        (EVENT[:-1] + b',"a":' + b"[" * 500 + b"]" * 500 + b"}\n", ["foreign"]),
+        (EVENT[:-1] + b',"a":' + b"1" * 5000 + b"}\n" + EVENT + b"\n", ["broken", "event"]),
+        (b"x" * LONGEST + b"x\n" + EVENT + b"\n", ["broken", "event"]),
+        (b"x" * LONGEST * 3 + b"\n" + EVENT + b"\n", ["broken", "event"]),
+        (EVENT + b"\n" + b"x" * LONGEST * 2, ["event", "broken"]),
+    ],
+    ids=lambda value: str(len(value)),
+)
+def test_any_file_is_read_to_its_end(text: bytes, kinds: list[str], tmp_path: Path) -> None:
+    """Zero bytes of a power cut, deep nesting, huge numbers and endless lines cost nothing else."""
+    (tmp_path / "log").write_bytes(text)
+    items = list(read(log_lines(tmp_path / "log")))
+    assert [getattr(item, "kind", "event") for item in items] == kinds
+    bundled = [Redaction({}).event(item.event) for item in items if isinstance(item, Entry)]
+    assert len(bundled) == kinds.count("event")
+
+
+def test_endless_line_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    """A line far longer than any event is never held whole, in a file or followed."""
+    path = tmp_path / "log"
+    with path.open("wb") as file:
+        file.truncate(12 * LONGEST)  # a hole takes no room on the disk
+        file.seek(0, 2)
+        file.write(b"\n" + EVENT + b"\n")
+    tracemalloc.start()
+    assert sum(isinstance(item, Entry) for item in read(log_lines(path))) == 1
+    followed = followed_lines(path)
+    assert len(next(followed)) <= LONGEST + 1
+    assert next(followed) == EVENT + b"\n"
+    assert tracemalloc.get_traced_memory()[1] < 8 * LONGEST
+    tracemalloc.stop()
 
 
 def test_timestamps_of_a_host_that_stamps_in_seconds_are_read() -> None:
@@ -220,7 +278,7 @@ def test_log_of_a_million_events_is_audited_in_bounded_memory(
     path = tmp_path / "million.jsonl"
     events = events_of(crowd_log)
     names = [event["event"] for event in events]
-    begin, end = [i for i, name in enumerate(names) if name == "request.started"][2:4]
+    begin, end = [i for i, name in enumerate(names) if name == "job.started"][2:4]
     repeated = range(1_000_000 // (end - begin) + 1)
     with path.open("wb") as file:
         seq = 0
@@ -230,8 +288,8 @@ def test_log_of_a_million_events_is_audited_in_bounded_memory(
                 file.write(line({**event, "seq": seq}))
     code = (
         "import pathlib, re, sys, time\n"
-        "from holdfast.engine.logbook.audit import audit\n"
-        "from holdfast.engine.logbook.read import log_lines, read\n"
+        "from holdfast.engine.logbook.auditing import audit\n"
+        "from holdfast.engine.logbook.reading import log_lines, read\n"
         "began = time.perf_counter()\n"
         "verdict = audit(read(log_lines(sys.argv[1])))\n"
         "peak = re.search(r'VmHWM:\\s*(\\d+)', pathlib.Path('/proc/self/status').read_text())[1]\n"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from holdfast.engine import Engine
-from holdfast.engine.logbook.read import Entry, log_lines, read
+from holdfast.engine.logbook.reading import Entry, log_lines, read
 from holdfast.engine.logbook.rules import RULES
 
 if TYPE_CHECKING:

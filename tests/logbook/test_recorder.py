@@ -6,20 +6,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from holdfast.engine.events import Emitter
-from holdfast.engine.logbook.audit import audit
-from holdfast.engine.logbook.read import log_lines, read
-from holdfast.engine.recorder import FlightRecorder, crash_found
-
-from .audited import assert_clean, events_of
+from holdfast.engine.logbook.auditing import audit
+from holdfast.engine.logbook.events import Emitter
+from holdfast.engine.logbook.reading import log_lines, read
+from holdfast.engine.logbook.recorder import FlightRecorder, crash_found
+from tests.support.audited import assert_clean, events_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 BEGIN = """
 import ctypes, os, signal, sys
-from holdfast.engine.events import Emitter
-from holdfast.engine.recorder import FlightRecorder
+from holdfast.engine.logbook.events import Emitter
+from holdfast.engine.logbook.recorder import FlightRecorder
 emit = Emitter("doomed", (FlightRecorder(sys.argv[1], int(sys.argv[2])),))
 emit("engine.opened")
 request = emit.span("request", request_id="r1")

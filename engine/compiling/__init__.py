@@ -1,0 +1,1 @@
+"""What is compiled, when and why: plans, keys, components, devices and memory."""

@@ -1,0 +1,1 @@
+"""Surgery on OpenVINO graphs before they are compiled."""

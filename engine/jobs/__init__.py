@@ -1,0 +1,1 @@
+"""Who waits for what: the queue and its worker, jobs and their progress, and forked processes."""

@@ -1,0 +1,35 @@
+"""Steps as hosts are told of them, whatever a scheduler does in one."""
+
+from __future__ import annotations
+
+import queue
+from typing import TYPE_CHECKING, Any
+
+from holdfast.engine import Finished, Preview, Progressed, Txt2Img
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from holdfast.engine import Engine
+
+
+def test_steps_never_fall_and_end_at_the_last(open_engine: Callable[..., Engine]) -> None:
+    """Heun and PNDM evaluate more often than they step: neither progress nor previews show it."""
+    engine = open_engine()
+    request = Txt2Img(prompt="red", width=64, height=64, steps=4, batch=2, seed=3)
+    for scheduler in ("heun", "pndm", "euler"):
+        heard: queue.Queue[Any] = queue.Queue()
+        stop = engine.subscribe(heard.put, (Progressed, Preview, Finished))
+        engine.run(request.but(scheduler=scheduler))
+        events: list[Any] = []
+        while not events or not isinstance(events[-1], Finished):
+            events.append(heard.get(timeout=60))
+        stop()
+        told = [each.progress for each in events if isinstance(each, Progressed)]
+        steps = [each.step for each in told if each.step is not None]
+        assert steps == sorted(steps)
+        assert steps[-1] == 8
+        assert {each.steps for each in told if each.step is not None} == {8}
+        previews = [each.step for each in events if isinstance(each, Preview)]
+        assert previews == sorted(set(previews))
+        assert previews[-1] == 8
