@@ -18,7 +18,7 @@ from .errors import HoldfastError, IllegalTransition
 from .hosting import HostLog, host_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 _OWN_FACTS = frozenset({"event", "level", "source", "dest", "origin", "seconds"})
 
@@ -152,45 +152,49 @@ class Lifecycle:
         source = self.state
         if not self._place.may_trigger(trigger):
             refusal = IllegalTransition(trigger, source, self.legal())
-            self._tell(
-                "state.refused",
-                "warning",
-                {"trigger": refusal.trigger, "state": refusal.state, "legal": refusal.legal},
-            )
+            refused = {"trigger": refusal.trigger, "state": refusal.state, "legal": refusal.legal}
+            try:
+                self._emit("state.refused", level="warning", **refused)
+            except BaseException as error:  # noqa: BLE001 - raised again there
+                self._tell_after(error, "state.refused", "warning", refused)
             raise refusal
-        broken: BaseException | None = None
-        try:
-            self._place.trigger(trigger)
-        except BaseException as error:
-            if self.state is source:
-                raise
-            broken = error  # by something from outside, after the move was made
-        dest, now = self.state, time.monotonic()
+        dest = self._chart.dest(trigger, source)
         own = {
             "trigger": str(trigger),
             "source": source.value,
             "dest": dest.value,
             "reason": reason,
-            "seconds": now - self._since,
         }
-        self._since = now
         if recompiling := [end for end in (source, dest) if end.is_recompiling]:
             own["origin"] = str(recompiling[0].mode)
-        self._tell("state.changed", "info", own | facts)
+        # From the move to its event nothing is called that could break: a move is always told.
+        broken: BaseException | None = None
+        try:
+            self._place.trigger(trigger)
+        except BaseException as error:
+            if self._place.state == source.value:
+                raise
+            broken = error  # by something from outside, after the move was made
+        since, self._since = self._since, time.monotonic()
+        changed = own | {"seconds": self._since - since} | facts
+        try:
+            self._emit("state.changed", level="info", **changed)
+        except BaseException as error:  # noqa: BLE001 - raised again there
+            self._tell_after(error, "state.changed", "info", changed)
         if broken is not None and not isinstance(broken, Exception):
             raise broken
         return dest
 
-    def _tell(self, event: str, level: str, facts: dict[str, object]) -> None:
-        try:
+    def _tell_after(
+        self, error: BaseException, event: str, level: str, facts: Mapping[str, object]
+    ) -> None:
+        """Tell an event whose telling was broken into by `error`, which is raised if it must be."""
+        if getattr(self._emit, "all_or_nothing", False):
             self._emit(event, level=level, **facts)
-        except BaseException as error:
-            if getattr(self._emit, "all_or_nothing", False):
-                self._emit(event, level=level, **facts)
-            elif isinstance(error, Exception):
-                host_logger().exception("%s could not be logged: %s", event, facts)
-            if not isinstance(error, Exception):
-                raise
+        elif isinstance(error, Exception):
+            host_logger().error("%s could not be logged: %s", event, facts, exc_info=error)
+        if not isinstance(error, Exception):
+            raise error
 
 
 def _log(event: str, /, *, level: str = "info", **facts: object) -> None:

@@ -8,7 +8,6 @@ turn.
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import shutil
 import threading
@@ -26,7 +25,7 @@ from tests.support.engines import PROMPT, change_weights, compiler_of
 from tests.support.workbench import raise_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from holdfast.engine.compiling.components import Component
@@ -120,12 +119,12 @@ def proof(
     settings: dict[str, Any],
 ) -> Iterator[Proof]:
     """An engine of each policy, whose log is audited when it is closed."""
-    events: list[bytes] = []
+    records: list[Mapping[str, Any]] = []
     with Engine(**settings, policy=request.param) as engine:
-        engine.attach(lambda record: events.append(line(record)))
+        engine.attach(records.append)  # in which there is no call to break into
         yield Proof(engine, REQUEST)
-    assert_sound(events, whole=False)
-    assert json.loads(events[-1])["event"] == "engine.closed"
+    assert_sound([line(record) for record in records], whole=False)
+    assert records[-1]["event"] == "engine.closed"
 
 
 @pytest.fixture(scope="module")

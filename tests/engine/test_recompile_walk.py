@@ -27,7 +27,7 @@ from holdfast.engine.requests.config import EngineConfig
 from holdfast.engine.requests.lora import Lora
 from holdfast.states import Lifecycle, Mode
 from tests.support.audited import assert_clean, events_of
-from tests.support.engines import live_components
+from tests.support.engines import CAPABILITIES, live_components
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -202,7 +202,9 @@ class Walk(RuleBasedStateMachine):
                 "shapes": st.sampled_from(["static", "dynamic"]),
                 "policy": st.sampled_from(["auto", "stage_first", "evict_first"]),
                 "memory_budget": st.sampled_from([500_000, 1_200_000, 1_600_000, 10_000_000]),
-                "precision": st.sampled_from(["f32", "bf16"]),
+                "precision": st.sampled_from(
+                    ["f32", "bf16"] if "BF16" in CAPABILITIES else ["f32"]
+                ),
             },
         ),
         fates=st.lists(st.booleans(), max_size=6),

@@ -7,6 +7,7 @@ import openvino as ov
 import pytest
 
 from holdfast.engine.graphs.timesteps import accept_fractional_timesteps, embed_timesteps_exactly
+from tests.support.engines import NEEDS_BF16
 from tests.support.lora_graphs import read
 
 if TYPE_CHECKING:
@@ -49,26 +50,20 @@ def error(graph: ov.Model, folder: Path, timestep: float) -> float:
     )
 
 
-@pytest.fixture(scope="module")
-def bf16() -> None:
-    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        pytest.skip("this CPU does not compute in bf16")
-
-
-@pytest.mark.usefixtures("bf16")
+@NEEDS_BF16
 @pytest.mark.parametrize("timestep", [ROUNDED, 850.5, 651.0, 1.0])
 def test_bf16_does_not_round_the_timestep(tiny_ir: Path, timestep: float) -> None:
     """In bf16 the noise is off by one to two percent, late steps and early ones alike."""
     assert error(exact(tiny_ir), tiny_ir, timestep) < 0.015
 
 
-@pytest.mark.usefixtures("bf16")
+@NEEDS_BF16
 def test_openvino_rounds_it_otherwise(tiny_ir: Path) -> None:
     """An export as it is is off by three times as much: what the other tests rule out is real."""
     assert error(unet(tiny_ir), tiny_ir, ROUNDED) > 3 * error(exact(tiny_ir), tiny_ir, ROUNDED)
 
 
-@pytest.mark.usefixtures("bf16")
+@NEEDS_BF16
 def test_a_clone_computes_the_same(tiny_ir: Path) -> None:
     """What LoRAs are fused into, and what is given a static shape, is as exact."""
     graph = exact(tiny_ir)

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from holdfast.engine.graphs.vae_cut import cut
 from holdfast.engine.graphs.vae_tiles import STRIDES, TILE, TiledVae, places
+from tests.support.engines import NEEDS_BF16
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,6 +94,7 @@ def test_an_encode_in_tiles_is_that_of_the_whole(vae: Vae, size: tuple[int, int]
     assert np.abs(tiled - whole).max() < whole[:, :4].std() / 100
 
 
+@NEEDS_BF16
 def test_rounding_is_all_that_16_bits_add(tiny_ir: Path, vae: Vae) -> None:
     """In bf16, tiles are as near to the float32 image as a whole decode in bf16 is."""
     latents = vae.latents(picture(320, 256))

@@ -12,7 +12,7 @@ from holdfast.engine.logbook.replay import courses, differences
 from holdfast.engine.logbook.writing import line
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import pytest
@@ -43,10 +43,14 @@ def assert_sound(lines: Sequence[bytes], *, whole: bool) -> None:
 
 
 class Journals:
-    """What every engine of this process logs, from when `watch` is called, until it is taken."""
+    """
+    What every engine of this process logs, from when `watch` is called, until it is taken.
+
+    Records are kept as they come: nothing runs here that a test could break into by accident.
+    """
 
     def __init__(self) -> None:
-        self._kept: list[list[bytes]] = []
+        self._kept: list[list[Mapping[str, Any]]] = []
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Listen in on every engine that is opened from now on."""
@@ -54,18 +58,18 @@ class Journals:
 
     def take(self, *, closed: bool) -> list[list[bytes]]:
         """Give away the logs of the engines that are closed, or of those that are not."""
-        taken = [kept for kept in self._kept if _tells(kept, "engine.closed") is closed]
-        self._kept = [kept for kept in self._kept if _tells(kept, "engine.closed") is not closed]
-        return taken
+        taken = [kept for kept in self._kept if _is_closed(kept) is closed]
+        self._kept = [kept for kept in self._kept if _is_closed(kept) is not closed]
+        return [[line(record) for record in kept] for kept in taken]
 
     def _listened(self, engine_id: str, sinks: tuple[Any, ...] = ()) -> Emitter:
-        kept: list[bytes] = []
+        kept: list[Mapping[str, Any]] = []
         self._kept.append(kept)
-        return Emitter(engine_id, (*sinks, lambda record: kept.append(line(record))))
+        return Emitter(engine_id, (*sinks, kept.append))
 
 
-def _tells(lines: Sequence[bytes], event: str) -> bool:
-    return any(f'"event":"{event}"'.encode() in each for each in lines)
+def _is_closed(kept: Sequence[Mapping[str, Any]]) -> bool:
+    return any(record["event"] == "engine.closed" for record in kept)
 
 
 def events_of(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import openvino as ov
+import pytest
 
 from holdfast.engine import Engine
 from holdfast.engine.lora import targets
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
     from holdfast.engine.results.result import Result
 
 PROMPT = "a large red circle on a blue background"
+CAPABILITIES = frozenset(ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+NEEDS_BF16 = pytest.mark.skipif(
+    "BF16" not in CAPABILITIES, reason="this CPU does not compute in bf16"
+)
+PRECISIONS = [pytest.param("f32"), pytest.param("bf16", marks=NEEDS_BF16)]
 
 
 @contextlib.contextmanager
