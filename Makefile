@@ -22,13 +22,10 @@ demo/contents.txt: .venv/ready $(SOURCES)
 	@mkdir -p demo
 	.venv/bin/holdfast demo demo > $@
 
-test: .venv/ready-to-test
+test: .venv/ready-to-test build/namespace/holdfast
 	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-check: .venv/ready-to-test
-	mkdir -p build/namespace/holdfast
-	ln -sfn $(CURDIR)/engine build/namespace/holdfast/engine
-	ln -sfn $(CURDIR)/states build/namespace/holdfast/states
+check: .venv/ready-to-test build/namespace/holdfast
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy -p holdfast.states -p holdfast.engine
@@ -47,6 +44,12 @@ train: .venv/ready-to-test
 
 clean:
 	rm -rf .venv build demo dist holdfast.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# Where mypy finds the package under its name.
+build/namespace/holdfast:
+	mkdir -p $@
+	ln -sfn ../../../engine $@/engine
+	ln -sfn ../../../states $@/states
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and $(OLD_PYTHON))'

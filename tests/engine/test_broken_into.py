@@ -143,7 +143,7 @@ def break_into(proof: Proof, scenario: Scenario, most: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "times", [1, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+    "times", [1, pytest.param(20, marks=[pytest.mark.sweep, pytest.mark.timeout(7200)])]
 )
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_is_broken_into_happens_whole_or_not_at_all(
