@@ -291,7 +291,8 @@ def _remove_abandoned(scratch: Path) -> None:
         return
     folder = scratch.with_name(scratch.name.partition(SCRATCH)[0])
     with contextlib.suppress(Timeout), FileLock(_build_lock(folder), timeout=0):
-        shutil.rmtree(scratch)
+        if scratch.exists():  # its builder may have finished before the lock was had
+            shutil.rmtree(scratch)
 
 
 def _remove_half(scratch: Path) -> None:
@@ -300,7 +301,12 @@ def _remove_half(scratch: Path) -> None:
 
 
 def _is_old(path: Path) -> bool:
-    return path.lstat().st_mtime < time.time() - _ABANDONED_SECONDS
+    """Say whether it is there, and nobody has touched it for long."""
+    try:
+        touched = path.lstat().st_mtime
+    except FileNotFoundError:  # its writer has put it in its place meanwhile
+        return False
+    return touched < time.time() - _ABANDONED_SECONDS
 
 
 def _let_go(file: Path) -> bool:

@@ -255,15 +255,13 @@ def faults() -> Iterator[Fault]:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(
-            (mode, policy), id=f"{mode} {policy}", marks=() if often else pytest.mark.sweep
-        )
-        for mode, policy, often in (
-            (Mode.TXT2IMG, "stage_first", True),
-            (Mode.IMG2IMG, "evict_first", True),
-            (Mode.TXT2IMG, "evict_first", False),
-            (Mode.IMG2IMG, "stage_first", False),
-            (Mode.INPAINT, "stage_first", False),
+        pytest.param((mode, policy), id=f"{mode} {policy}", marks=marks)
+        for mode, policy, *marks in (
+            (Mode.TXT2IMG, "stage_first"),
+            (Mode.IMG2IMG, "evict_first"),
+            (Mode.TXT2IMG, "evict_first", pytest.mark.sweep),
+            (Mode.IMG2IMG, "stage_first", pytest.mark.sweep),
+            (Mode.INPAINT, "stage_first", pytest.mark.sweep),
         )
     ],
 )
