@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from holdfast.engine.jobs.job import Job
     from holdfast.engine.jobs.progress import Progress
+    from holdfast.engine.models.facts import ModelFacts
     from holdfast.engine.requests.config import EngineConfig
     from holdfast.engine.requests.detail import Detail
     from holdfast.engine.requests.hires import Hires
@@ -75,6 +76,7 @@ __all__ = [
     "Lora",
     "LoraError",
     "Mode",
+    "ModelFacts",
     "ModelSourceError",
     "Plan",
     "Preview",
@@ -101,6 +103,7 @@ _HOMES = {
     ),
     "holdfast.engine.jobs.job": ("Job",),
     "holdfast.engine.jobs.progress": ("Progress",),
+    "holdfast.engine.models.facts": ("ModelFacts",),
     "holdfast.engine.requests.config": ("EngineConfig",),
     "holdfast.engine.requests.detail": ("Detail",),
     "holdfast.engine.requests.hires": ("Hires",),

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from holdfast.engine.compiling.plan import Plan
     from holdfast.engine.jobs.job import Job
+    from holdfast.engine.models.facts import ModelFacts
     from holdfast.engine.requests.given import EngineChanges, EngineSettings
     from holdfast.engine.results.result import Result
     from holdfast.engine.subscribers import Event
@@ -206,6 +207,18 @@ class Engine:
             tuple(facts["lora"]),
             self.config,
         )
+
+    def model_facts(self) -> ModelFacts:
+        """
+        Return what there is to know of the model: sizes, modes, schedulers, names.
+
+        It is found, and exported, where that has not happened yet; nothing is compiled.
+
+        Raises:
+            ModelSourceError: The model cannot be found, read or exported.
+        """
+        facts: ModelFacts = self._worker.call("model_facts", lambda _: self._service.model_facts())
+        return facts
 
     def load(self, mode: Mode | str = Mode.TXT2IMG) -> None:
         """

@@ -18,6 +18,7 @@ from holdfast.engine.compiling.plan import Cost, Standing
 from holdfast.engine.errors import HoldfastError, InvalidRequest
 from holdfast.engine.imports import runtime, still_to_come, tell_imports
 from holdfast.engine.jobs.forks import keep_in_children
+from holdfast.engine.models.facts import facts_of
 from holdfast.engine.models.families import VAE_DECODER
 from holdfast.engine.passes.hires import modes_of, passes_of, run_request, settle_seeds
 from holdfast.engine.passes.images import digest
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from holdfast.engine.jobs.job import Job
     from holdfast.engine.logbook.events import Emitter
     from holdfast.engine.models.diskcache import DiskCache
+    from holdfast.engine.models.facts import ModelFacts
     from holdfast.engine.models.model import Model
     from holdfast.engine.passes.one_pass import PassSpec
     from holdfast.engine.passes.previews import LatentMap
@@ -131,6 +133,11 @@ class Service:
                 if ahead is not None:
                     return dataclasses.replace(ahead, imports=self._imports())
             return self._plan(self._settle(asked, settle_seeds(asked)))
+
+    def model_facts(self) -> ModelFacts:
+        """Return what there is to know of the model in force; it is found where it is not yet."""
+        with self._true_state():
+            return facts_of(self._model, self.config.model)
 
     def _ahead(self, request: Request) -> Plan | None:
         """Decide what a request takes while one of its models is missing; None: none is."""

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
     from holdfast.engine.logbook.reading import Problem
 
-_CHANGES = ("load", "switch", "configure", "recompile", "unload", "plan", "prepare")
+_CHANGES = (
+    "load", "switch", "configure", "recompile", "unload", "plan", "prepare", "model_facts",
+)  # fmt: skip
 """Kinds of jobs that are no requests."""
 _ENDINGS = ("completed", "failed", "cancelled", "refused")
 
