@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -43,7 +44,19 @@ def discard(entry: Path) -> None:
         return
     scratch = scratch_for(entry)
     entry.replace(scratch)
-    shutil.rmtree(scratch)
+    remove_folder(scratch)
+
+
+def remove_folder(folder: Path) -> None:
+    """
+    Remove a folder that others may be removing at the same time.
+
+    Raises:
+        OSError: It could not be removed.
+    """
+    while folder.exists():  # else another one has finished what both had begun
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
 
 
 def scratch_for(path: Path) -> Path:

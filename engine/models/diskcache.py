@@ -25,6 +25,7 @@ from holdfast.engine.jobs.job import heed
 from holdfast.engine.models.atomic_files import (
     SCRATCH,
     discard,
+    remove_folder,
     scratch_for,
     sync,
     write_atomically,
@@ -291,8 +292,7 @@ def _remove_abandoned(scratch: Path) -> None:
         return
     folder = scratch.with_name(scratch.name.partition(SCRATCH)[0])
     with contextlib.suppress(Timeout), FileLock(_build_lock(folder), timeout=0):
-        if scratch.exists():  # its builder may have finished before the lock was had
-            shutil.rmtree(scratch)
+        remove_folder(scratch)  # unless its builder has finished before the lock was had
 
 
 def _remove_half(scratch: Path) -> None:

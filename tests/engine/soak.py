@@ -1,5 +1,5 @@
 """
-``python -m tests.engine.soak MODEL CACHE INK CHALK``: 200 changes in a row, and what they leave.
+``python -m tests.engine.soak MODEL CACHE INK CHALK TIMES``: changes in a row, and what they leave.
 
 Prints what the process holds after the tenth change and after the last, in bytes.
 """
@@ -30,9 +30,9 @@ def settled(engine: Engine) -> int:
     return private_bytes()
 
 
-def main(model: str, cache: str, ink: str, chalk: str) -> None:
+def main(model: str, cache: str, ink: str, chalk: str, times: str) -> None:
     """
-    Change and run.
+    Change so many times, and run.
 
     The first ten changes are one of each kind, as OpenVINO keeps something of every kind of graph
     that it has met for as long as the process lives; the rest come at random.
@@ -58,7 +58,7 @@ def main(model: str, cache: str, ink: str, chalk: str) -> None:
             for width in (64, 96):
                 engine.run(REQUEST.but(width=width))
         early = settled(engine)
-        for count in range(11, 201):
+        for count in range(11, int(times) + 1):
             field = chance.choice(sorted(choices))
             engine.configure(**{field: choices[field]()})
             if count % 10 == 0:

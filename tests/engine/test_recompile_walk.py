@@ -294,8 +294,9 @@ class Walk(RuleBasedStateMachine):
         assert not [event for event in events if event["event"] == "plan.missed"]
 
 
+@pytest.mark.parametrize("walks", [10, pytest.param(200, marks=pytest.mark.sweep)])
 def test_any_sequence_keeps_what_must_hold(
-    toy: Path, style: Path, tmp_path_factory: pytest.TempPathFactory
+    toy: Path, style: Path, tmp_path_factory: pytest.TempPathFactory, walks: int
 ) -> None:
     """
     Whatever is asked for in whatever order, and whatever fails meanwhile, all of this holds.
@@ -308,7 +309,7 @@ def test_any_sequence_keeps_what_must_hold(
     run_state_machine_as_test(
         Walk,
         settings=settings(
-            max_examples=25,
+            max_examples=walks,
             stateful_step_count=12,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -380,10 +380,14 @@ def test_leftovers_of_killed_processes_are_swept(cache: DiskCache):
 PRUNE = """
 import sys
 from pathlib import Path
-from holdfast.engine.models.diskcache import DiskCache
+from holdfast.engine.models.diskcache import DiskCache, build_once
 log = []
 cache = DiskCache(Path(sys.argv[1]), 1000, lambda event, **facts: log.append((event, facts)))
-for number in range(40):
+def build(scratch):
+    for number in range(30):
+        (scratch / str(number)).write_bytes(bytes(100))
+for number in range(15):
+    build_once(cache.exports / "shared", build)
     cache.write_blob(f"{sys.argv[2]}-{number}", bytes(100))
     cache.read_blob(f"{sys.argv[2]}-{number}")
 print([one for one in log if one[0] == "cache.failed"], flush=True)
@@ -391,7 +395,7 @@ print([one for one in log if one[0] == "cache.failed"], flush=True)
 
 
 def test_processes_that_prune_at_once_are_not_in_each_others_way(cache: DiskCache):
-    """Of three that write and prune one small cache nothing fails, and the limit holds."""
+    """Of three that fill and prune one small cache nothing fails, and the limit holds."""
     children = [python(PRUNE, cache.root, name) for name in "abc"]
     assert [wait_for_line(child) for child in children] == ["[]"] * 3
     assert [finish(child) for child in children] == [0] * 3
