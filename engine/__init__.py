@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from holdfast.engine.jobs.job import Job
     from holdfast.engine.jobs.progress import Progress
     from holdfast.engine.models.facts import ModelFacts
+    from holdfast.engine.requests.cadence import Evaluations
     from holdfast.engine.requests.config import EngineConfig
     from holdfast.engine.requests.detail import Detail
     from holdfast.engine.requests.hires import Hires
@@ -63,6 +64,7 @@ __all__ = [
     "Engine",
     "EngineClosed",
     "EngineConfig",
+    "Evaluations",
     "Event",
     "Finished",
     "GenerationError",
@@ -104,6 +106,7 @@ _HOMES = {
     "holdfast.engine.jobs.job": ("Job",),
     "holdfast.engine.jobs.progress": ("Progress",),
     "holdfast.engine.models.facts": ("ModelFacts",),
+    "holdfast.engine.requests.cadence": ("Evaluations",),
     "holdfast.engine.requests.config": ("EngineConfig",),
     "holdfast.engine.requests.detail": ("Detail",),
     "holdfast.engine.requests.hires": ("Hires",),

@@ -479,6 +479,8 @@ class CompiledPipeline:
         more: dict[str, Any] = {}
         if made.imports is not None:
             more["import_seconds"] = made.imports.seconds
+        if made.passes:
+            more["passes"] = [str(each.evaluations) for each in made.passes]
         self._emit(
             "plan.made",
             steps=[str(step) for step in made.steps],

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from holdfast.engine.compiling.faults import unexpected
 from holdfast.engine.compiling.memory import resident_bytes
-from holdfast.engine.compiling.plan import Cost, Standing
+from holdfast.engine.compiling.plan import Cost, PassCost, Standing
 from holdfast.engine.errors import HoldfastError, InvalidRequest
 from holdfast.engine.imports import runtime, still_to_come, tell_imports
 from holdfast.engine.jobs.forks import keep_in_children
+from holdfast.engine.logbook.rules import EVALUATIONS
 from holdfast.engine.models.facts import facts_of
 from holdfast.engine.models.families import VAE_DECODER
+from holdfast.engine.passes.guidance import cadence_of
 from holdfast.engine.passes.hires import modes_of, passes_of, run_request, settle_seeds
 from holdfast.engine.passes.images import digest
 from holdfast.engine.passes.metadata import Provenance, infotext
@@ -27,6 +29,7 @@ from holdfast.engine.passes.one_pass import decode_array
 from holdfast.engine.passes.prompts import Prompts
 from holdfast.engine.passes.reading import PromptReader
 from holdfast.engine.passes.runner import Runner
+from holdfast.engine.requests.cadence import counted
 from holdfast.engine.requests.config import EngineConfig
 from holdfast.engine.requests.hires import Hires
 from holdfast.engine.requests.told import told_request
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from holdfast.engine.passes.one_pass import PassSpec
     from holdfast.engine.passes.previews import LatentMap
     from holdfast.engine.pipeline import CompiledPipeline
+    from holdfast.engine.requests.cadence import Evaluations
     from holdfast.engine.requests.kinds import Request
     from holdfast.engine.subscribers import Subscribers
     from holdfast.states import Lifecycle
@@ -132,7 +136,8 @@ class Service:
                 ahead = self._ahead(asked)
                 if ahead is not None:
                     return dataclasses.replace(ahead, imports=self._imports())
-            return self._plan(self._settle(asked, settle_seeds(asked)))
+            passes = self._settle(asked, settle_seeds(asked))
+            return self._priced(self._plan(passes), passes)
 
     def model_facts(self) -> ModelFacts:
         """Return what there is to know of the model in force; it is found where it is not yet."""
@@ -239,7 +244,7 @@ class Service:
         passes = self._settle(request, seeds)
         if whole := [each for each in passes if each.region is None]:
             learned |= {"width": whole[-1].width, "height": whole[-1].height}
-        made = self._plan(passes)
+        made = self._priced(self._plan(passes), passes)
         self._expect(job, made, passes)
         degradations = self._check_prompts(passes)
         self.pipeline.announce(made)
@@ -273,6 +278,7 @@ class Service:
             request=request,
             timings=timings,
             degradations=(*degradations, *runner.degradations),
+            evaluations=tuple(runner.evaluations),
             infotexts=tuple(
                 infotext(request, passes, index, provenance) for index in range(len(images))
             ),
@@ -307,6 +313,31 @@ class Service:
             ]
         )
         return dataclasses.replace(made, imports=self._imports())
+
+    def _priced(self, made: Plan, passes: tuple[PassSpec, ...]) -> Plan:
+        """Return a plan with what each pass of its request takes."""
+        costs = []
+        for each in passes:
+            seconds = self._step_seconds(each)
+            whole = None if seconds is None else seconds * each.steps * len(each.seeds)
+            costs.append(PassCost(self._evaluations(each), whole))
+        return dataclasses.replace(made, passes=tuple(costs))
+
+    def _evaluations(self, spec: PassSpec) -> Evaluations:
+        """Return how many evaluations a pass will take, by what its scheduler is known for."""
+        count = EVALUATIONS.get(spec.sampler, int)(spec.steps)
+        return counted(cadence_of(spec, self.pipeline.model_of(spec.model).family, count))
+
+    def _step_seconds(self, spec: PassSpec) -> float | None:
+        """Return what a step takes; guessed from whole evaluations where there were no cheap."""
+        known = self._cache.costs.expected("step", *self._step_bucket(spec))
+        if known is not None or spec.speed == "exact":
+            return None if known is None else known.seconds
+        exact = dataclasses.replace(spec, speed="exact")
+        known = self._cache.costs.expected("step", *self._step_bucket(exact))
+        made = self._evaluations(spec)
+        saved = _SAVED * made.cheap / (made.whole + made.cheap)
+        return None if known is None else known.seconds * (1 - saved)
 
     def _imports(self) -> Cost | None:
         """Return what the imports that a pass waits for will take; None where all are made."""
@@ -393,8 +424,8 @@ class Service:
             known = [step.cost.seconds or 1.0 for move in moves for step in move.steps]
             seconds[f"prepare {each.number}"] = sum(known) + 0.01
             seconds |= imports
-            cost = self._cache.costs.expected("step", *self._step_bucket(each))
-            step = cost.seconds if cost else each.width * each.height * _UNKNOWN_STEP
+            known_step = self._step_seconds(each)
+            step = known_step or each.width * each.height * _UNKNOWN_STEP
             seconds[f"pass {each.number}"] = step * each.steps * len(each.seeds)
         job.expect(seconds)
 
@@ -434,6 +465,7 @@ class Service:
         guided = self._model.family.guides(geometry)
         facts = (self._model.source(denoiser)[:12], geometry, guided)
         bucket = " ".join(map(str, (*facts, self.config.precision)))
+        bucket += "" if spec.speed == "exact" else f" {spec.speed} {self._evaluations(spec)}"
         return self.config.device_of(denoiser), denoiser, bucket
 
     def _do(self, job: Job[Any], work: Callable[[], T]) -> T:
@@ -467,5 +499,7 @@ def _import(wanted: str) -> tuple[str, str, str, str]:
 
 _UNKNOWN_IMPORT = 6.0
 """Seconds that the imports take which a pass waits for, where none was made yet."""
+_SAVED = 0.5
+"""Share of an evaluation that a cheap one saves at least."""
 _UNKNOWN_STEP = 3e-5
 """Seconds that a step takes for each pixel, where nothing has been measured yet."""

@@ -22,6 +22,7 @@ from holdfast.engine.compiling.memory import compiled_bytes, giving_back_pages, 
 from holdfast.engine.compiling.plan import Cost
 from holdfast.engine.compiling.quantize import KINDS, FusedLora, quantize, quantized_graph
 from holdfast.engine.errors import CompileError
+from holdfast.engine.graphs.feature_reuse import FEATURES, FRESH, KEPT, reuse_features
 from holdfast.engine.graphs.geglu import split_gates
 from holdfast.engine.graphs.prompt_length import PROMPT, accept_any_prompt_length
 from holdfast.engine.graphs.text_encoder import give_earlier_layers, take_vectors
@@ -340,11 +341,17 @@ class Compiler:
         return hashlib.blake2b(f"{key.digest} {hardware}".encode(), digest_size=16).hexdigest()
 
     def _try(self, compiled: ov.CompiledModel, key: ComponentKey) -> None:
-        """Run one small inference: it packs a dynamic graph's weights, and must be finite."""
+        """Run a small inference each way: it packs a dynamic graph's weights; all is finite."""
         request = compiled.create_infer_request()
-        request.infer(_probe(compiled, key, self._sources[key.source]))
-        for port in compiled.outputs:
-            if not np.isfinite(request.get_tensor(port).data).all():
+        inputs = _probe(compiled, key, self._sources[key.source])
+        names = {port.get_any_name(): index for index, port in enumerate(compiled.inputs)}
+        for truth in (True, False) if FRESH in names else (True,):
+            if FRESH in names:
+                inputs[names[FRESH]] = np.array(truth)
+            outputs = request.infer(inputs)
+            if FRESH in names:
+                inputs[names[KEPT]] = outputs[FEATURES]
+            if not all(np.isfinite(value).all() for value in outputs.values()):
                 precision = in_force(compiled, PRECISION)
                 advice = (
                     "its weights are damaged; get the model again"
@@ -390,6 +397,8 @@ def _shaped(graph: ov.Model, key: ComponentKey, family: Family) -> ov.Model:
     """Return a graph as it is compiled: for its device, and in its shape."""
     if key.device == "CPU":
         graph = split_gates(graph)
+        if key.component == family.denoiser and key.shape == DYNAMIC and key.quantization == "none":
+            graph = reuse_features(graph)
     if key.shape in STRIDES:
         from holdfast.engine.graphs.vae_cut import cut
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from holdfast.engine.compiling.keys import ComponentKey, GraphKey
+    from holdfast.engine.requests.cadence import Evaluations
     from holdfast.engine.requests.config import Policy
     from holdfast.states import Mode
 
@@ -128,6 +129,20 @@ class Move:
 
 
 @dataclass(frozen=True)
+class PassCost:
+    """
+    What one pass takes, once everything that it needs is in service.
+
+    Attributes:
+        evaluations: Of the denoiser, for each image.
+        seconds: For all images, learned from earlier runs; None if there were none.
+    """
+
+    evaluations: Evaluations
+    seconds: float | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
 class Plan:
     """
     What will be done, in order.
@@ -139,6 +154,7 @@ class Plan:
         peak_bytes: The most that compiled components will hold at once.
         budget: The limit that was planned for; None: no limit.
         imports: What importing the libraries that a pass needs takes, where they are not there yet.
+        passes: What each pass of a request takes.
     """
 
     stages: tuple[tuple[Move, ...], ...]
@@ -146,6 +162,7 @@ class Plan:
     budget: int | None
     ahead: tuple[Step, ...] = ()
     imports: Cost | None = None
+    passes: tuple[PassCost, ...] = ()
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -178,8 +195,13 @@ class Plan:
         return sum(signs.get(step.action, 0) * step.cost.bytes for step in self.steps)
 
     def __str__(self) -> str:
+        shortened = [
+            f"pass {number}: {each.evaluations} evaluations; {_seconds(each.seconds)}"
+            for number, each in enumerate(self.passes, start=1)
+            if each.evaluations.cheap
+        ]
         if not self.steps and self.imports is None:
-            return "nothing to do: everything needed is in service"
+            return "\n".join(["nothing to do: everything needed is in service", *shortened])
         rows = []
         if self.imports is not None:
             took = _seconds(self.imports.seconds)
@@ -197,7 +219,7 @@ class Plan:
         verdict = "fits" if self.fits else "does not fit"
         peak = "unknown" if self.ahead else f"{self.peak_bytes / 2**20:.0f} MiB"
         sums = f"in all {_seconds(self.expected_seconds)}; peak {peak}, {limit}"
-        return "\n".join([*table, sums if self.ahead else f"{sums}: {verdict}"])
+        return "\n".join([*table, sums if self.ahead else f"{sums}: {verdict}", *shortened])
 
 
 _TIMED = ("download", "export", "quantize", "read", "fuse", "compile")

@@ -95,7 +95,7 @@ _SPANS = {
             "request_id", "pass", "mode", "pipeline", "width", "height", "steps", "strength",
             "scheduler", "guidance", "seeds", "lora", "input", "input_digest", "images",
         ),
-        ("evaluations", "output_digest"),
+        ("evaluations", "whole", "cheap", "output_digest"),
         ("region", "mask_digest", "model"),
     ),
 }  # fmt: skip
@@ -149,7 +149,7 @@ EVENTS: Mapping[str, EventSpec] = MappingProxyType({
         "what will be done and why, before it is done; `seconds` from the job's begin to here: the "
         "model was found, what is asked was checked",
         ("steps", "reasons", "expected_seconds", "expected_bytes", "fits", "seconds"),
-        ("import_seconds",),
+        ("import_seconds", "passes"),
     ),
     "plan.missed": EventSpec(
         "what was done differs from the plan", ("planned", "done"), level="error"
@@ -197,7 +197,8 @@ EVENTS: Mapping[str, EventSpec] = MappingProxyType({
         ("prompt",),
     ),
     "step.completed": EventSpec(
-        "one step of a pass", ("step", "steps", "image", "seconds"), level="debug"
+        "one step of a pass; its evaluation of the denoiser was `whole` or `cheap`",
+        ("step", "steps", "image", "seconds", "evaluation"), level="debug",
     ),
     "decode.completed": EventSpec("latents became pixels", ("images", "seconds", "tiled")),
     "encode.completed": EventSpec("pixels became latents", ("images", "seconds", "tiled")),

@@ -23,7 +23,7 @@ _ENDINGS_OF_RECOMPILE = (
 )
 # These run the denoiser more often than once a step: PNDM evaluates one timestep twice, Heun's
 # method looks ahead in every step but the last (diffusers, `set_timesteps` of each).
-_EVALUATIONS: Mapping[str, Callable[[int], int]] = {
+EVALUATIONS: Mapping[str, Callable[[int], int]] = {
     "PNDMScheduler": lambda steps: steps + 1,
     "pndm": lambda steps: steps + 1,
     "HeunDiscreteScheduler": lambda steps: 2 * steps - 1,
@@ -177,9 +177,9 @@ def _steps(before: Course, entry: Entry) -> str | None:
     if not isinstance(asked, int) or made is None:
         return None
     scheduler = event.get("scheduler")
-    counts: tuple[Callable[[int], int], ...] = (_EVALUATIONS.get(str(scheduler), int),)
+    counts: tuple[Callable[[int], int], ...] = (EVALUATIONS.get(str(scheduler), int),)
     if scheduler is None:  # the model's own, which may be any
-        counts = (int, *_EVALUATIONS.values())
+        counts = (int, *EVALUATIONS.values())
     expected = {count(asked) for count in counts}
     if not isinstance(made, int) or made not in expected:
         return f"{asked} steps are {min(expected)} evaluations, but {made} were made"

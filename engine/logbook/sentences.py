@@ -79,11 +79,11 @@ WORDS: Mapping[str, str] = {
     "pass.started": (
         "pass {pass}: {mode} on {pipeline}, {width}x{height}, {how}, from {input} {input_digest}"
     ),
-    "pass.completed": "pass {pass}: done in {seconds:s}, {evaluations} evaluations, "
+    "pass.completed": "pass {pass}: done in {seconds:s}, {evaluations} evaluations{saved}, "
     "made {output_digest}",
     "pass.failed": "pass {pass}: failed after {seconds:s}: {error}",
     "pass.cancelled": "pass {pass}: cancelled after {seconds:s}",
-    "step.completed": "step {step} of {steps}, {seconds:s}",
+    "step.completed": "step {step} of {steps}{how}, {seconds:s}",
     "encode.completed": "images to latents: {images}, in {seconds:s}, tiled: {tiled}",
     "decode.completed": "latents to images: {images}, in {seconds:s}, tiled: {tiled}",
     "upscale.completed": (
@@ -279,6 +279,14 @@ def _denoising(event: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"how": _fill(", ".join(filter(None, how)), (), event)}
 
 
+def _evaluated(event: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"saved": _fill(", {cheap} of them cheap", (), event) if event.get("cheap") else ""}
+
+
+def _stepped(event: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"how": " (cheap)" if event.get("evaluation") == "cheap" else ""}
+
+
 def _imported(event: Mapping[str, Any]) -> Mapping[str, Any]:
     libraries = event.get("libraries")
     if not isinstance(libraries, dict):
@@ -305,6 +313,8 @@ _TELLING: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {
     "job.started": _asked,
     "job.refused": _asked,
     "pass.started": _denoising,
+    "pass.completed": _evaluated,
+    "step.completed": _stepped,
 }
 
 

@@ -13,15 +13,22 @@ which the pipeline then guides by, u + g (c - u), without knowing that there wer
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from holdfast.engine.compiling.keys import DYNAMIC
+from holdfast.engine.passes.reading import changes
+from holdfast.engine.passes.reuse import Reuse
+from holdfast.engine.requests.cadence import cadence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
+    from holdfast.engine.models.families import Family
     from holdfast.engine.passes.one_pass import PassSpec
     from holdfast.engine.passes.prompts import Conditioning, Rows
     from holdfast.engine.passes.views import View
@@ -33,10 +40,20 @@ _NAMES = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "tex
 """Inputs of the denoiser by the pipeline's names of what they are given."""
 
 
+def cadence_of(spec: PassSpec, family: Family, evaluations: int) -> tuple[bool, ...]:
+    """Return for each of a pass's evaluations whether it is whole; see `cadence`."""
+    if spec.speed == "exact" or not family.guides(spec.geometry):
+        return (True,) * evaluations
+    changed = {math.ceil(step * evaluations / spec.steps) for step in changes(spec)}
+    return cadence(spec.speed, evaluations, spec.strength or 1.0, changed)
+
+
 @contextlib.contextmanager
 def guided(view: View, spec: PassSpec, told: Conditioning, images: int) -> Iterator[None]:
     """
     Let a view's denoiser be told what a pass says at each step, for as long as this is open.
+
+    Its cheap evaluations are made here too.
 
     Args:
         view: Its pipeline is called inside, once.
@@ -45,10 +62,19 @@ def guided(view: View, spec: PassSpec, told: Conditioning, images: int) -> Itera
         images: How many go through the denoiser at once.
     """
     port = view.ports[view.denoiser]
-    if not told.changes and not spec.guidance_rescale:
+    changing = told.changes or bool(spec.guidance_rescale)
+    reusing = spec.speed != "exact" and bool(told.negative)
+    if not changing and not reusing:
         yield
         return
-    port.steer = _Guide(view, spec, told, images)
+    family, key = view.model.family, view.components[view.denoiser].key
+    reuse = Reuse(
+        lambda: cadence_of(spec, family, view.pipeline.num_timesteps),
+        family.guidance,
+        images,
+        apart=spec.geometry.apart and key.shape != DYNAMIC,
+    )
+    port.steer = _Guide(view, spec, told, images, reuse) if changing else reuse
     try:
         yield
     finally:
@@ -58,11 +84,14 @@ def guided(view: View, spec: PassSpec, told: Conditioning, images: int) -> Itera
 class _Guide:
     """Runs a denoiser's inferences for one call of its pipeline."""
 
-    def __init__(self, view: View, spec: PassSpec, told: Conditioning, images: int) -> None:
+    def __init__(
+        self, view: View, spec: PassSpec, told: Conditioning, images: int, reuse: Reuse
+    ) -> None:
         self._view = view
         self._spec = spec
         self._told = told
         self._images = images
+        self._reuse = reuse
         self._calls = 0
 
     def __call__(self, infer: Infer, inputs: Inputs) -> Any:
@@ -74,14 +103,14 @@ class _Guide:
         if not self._told.negative:
             return infer({**inputs, **self._rows(branches[0][1])})
         halves = [self._told.negative[step], *(rows for _, rows in branches)]
-        outputs = infer({**inputs, **self._pair(halves[0], halves[1])})
+        outputs = self._reuse(infer, {**inputs, **self._pair(halves[0], halves[1])})
         answer: NDArray[np.float32] = outputs[0]
         without, *answers = np.split(answer, 2)
         rest = halves[2:]
         for first in range(0, len(rest), 2):
             pair = rest[first : first + 2]
-            both = infer({**self._second_halves(inputs), **self._pair(pair[0], pair[-1])})[0]
-            answers += np.split(np.array(both), 2)[: len(pair)]
+            told = {**self._second_halves(inputs), **self._pair(pair[0], pair[-1])}
+            answers += np.split(np.array(self._reuse.both(infer, told)[0]), 2)[: len(pair)]
         shares = [share for share, _ in branches]
         composed = without + sum(
             share * (each - without) for share, each in zip(shares, answers, strict=True)

@@ -184,6 +184,7 @@ def _plain(
         guidance_rescale=request.guidance_rescale,
         variation=_variation(request, model),
         images_per_inference=config.images_per_inference or (1 if on_cpu else len(seeds)),
+        speed=request.speed,
     )
 
 
@@ -196,6 +197,7 @@ def _as_plain(detail: Detail) -> Txt2Img:
         guidance=_given(detail.guidance, _GUIDANCE),
         scheduler=detail.scheduler,
         lora=detail.lora,
+        speed=detail.speed or "exact",
     )
 
 
@@ -232,6 +234,7 @@ def _second(request: Hires, plain: PassSpec, size: tuple[int, int], model: Model
         loras=_given(request.hires_lora, request.lora),
         steps_before=request.steps,
         model=request.hires_model,
+        speed=request.hires_speed or request.speed,
     )
 
 
@@ -261,6 +264,7 @@ def _details(
                 seeds=tuple((seed + index) % SEEDS for seed in seeds),
                 loras=_given(detail.lora, plain.loras),
                 variation=THE_SEEDS_OWN,
+                speed=detail.speed or plain.speed,
             )
 
 

@@ -107,6 +107,8 @@ def _recipe_facts(request: Txt2Img | Img2Img | Inpaint | Hires) -> dict[str, obj
         facts["Variation seed strength"] = f"{request.variation_strength:g}"
     if request.seed_resize is not None:
         facts["Seed resize from"] = "x".join(map(str, request.seed_resize))
+    if request.speed != "exact":
+        facts["Speed"] = request.speed
     return facts
 
 
@@ -136,6 +138,7 @@ def _detail_facts(detail: Detail, number: int) -> dict[str, object]:
         "inpaint padding": detail.padding,
         "steps": detail.steps,
         "CFG scale": None if detail.guidance is None else f"{detail.guidance:g}",
+        "speed": detail.speed,
         "sampler": None if detail.scheduler is None else _sampler(detail.scheduler),
     }
     suffix = "" if number == 0 else f" {number + 1}{_ENDINGS.get(number + 1, 'th')}"
@@ -167,6 +170,7 @@ def _hires_facts(
         ("Hires sampler", _sampler(first.sampler), _sampler(last.sampler)),
         ("Hires CFG Scale", f"{first.guidance:g}", f"{last.guidance:g}"),
         ("Hires seed", first.seeds[index], last.seeds[index]),
+        ("Hires speed", request.speed, last.speed),
     )
     return facts | {name: after for name, before, after in changed if before != after}
 

@@ -10,12 +10,13 @@ from holdfast.engine.compiling.faults import generation_errors
 from holdfast.engine.errors import GenerationError
 from holdfast.engine.imports import quiet
 from holdfast.engine.models.families import VAE_DECODER, VAE_ENCODER, Geometry
-from holdfast.engine.passes.guidance import guided
+from holdfast.engine.passes.guidance import cadence_of, guided
 from holdfast.engine.passes.images import digest
 from holdfast.engine.passes.late_start import begin_late
 from holdfast.engine.passes.masks import Region, binary
 from holdfast.engine.passes.noise import THE_SEEDS_OWN, Variation
 from holdfast.engine.passes.reading import NOTHING, Reading
+from holdfast.engine.requests.cadence import Evaluations, counted
 from holdfast.engine.requests.schedulers import SCHEDULERS, flow_length, schedule_length
 from holdfast.engine.requests.told import told_path
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from holdfast.engine.passes.prompts import Conditioning
     from holdfast.engine.passes.views import View
     from holdfast.engine.requests.lora import Lora
+    from holdfast.engine.requests.values import Speed
     from holdfast.states import Mode
 
     StepHook = Callable[["PassSpec", int, int, torch.Tensor], None]
@@ -79,6 +81,7 @@ class PassSpec:
         images_per_inference: How many go through the denoiser at once, at most.
         region: What of each picture it redraws, or None.
         model: In place of the engine's, or None.
+        speed: How many of its evaluations are whole.
     """
 
     number: int
@@ -103,13 +106,15 @@ class PassSpec:
     images_per_inference: int = 1
     region: Region | None = None
     model: str | Path | None = None
+    speed: Speed = "exact"
 
     @property
     def geometry(self) -> Geometry:
         """What a static shape of this pass depends on."""
         batch = len(self.seeds)  # split evenly: a static graph takes no smaller rest
         images = max(n for n in range(1, self.images_per_inference + 1) if batch % n == 0)
-        return Geometry(self.width, self.height, images, self.guidance, self.chunks)
+        apart = self.speed != "exact"  # so that the prompt can go through the graph alone
+        return Geometry(self.width, self.height, images, self.guidance, self.chunks, apart)
 
 
 @dataclass(frozen=True)
@@ -138,9 +143,9 @@ def run_pass(
     job: Job[Any],
     emit: Emitter,
     on_step: StepHook,
-) -> list[Any]:
+) -> tuple[list[Any], Evaluations]:
     """
-    Denoise: one output for each seed of `spec`.
+    Denoise: one output for each seed of `spec`, and the evaluations that each took.
 
     Image i starts from the noise of a fresh generator with seed i, so that it does not depend on
     which others are made with it.
@@ -165,26 +170,28 @@ def run_pass(
 
     family, chunk = model.family, spec.geometry.images
     outputs: list[torch.Tensor] = []
-    evaluations = told = 0
+    whole: tuple[bool, ...] = ()
+    told = 0
     phase = f"pass {spec.number}"
     began = time.perf_counter()
     chunks = [spec.seeds[first : first + chunk] for first in range(0, len(spec.seeds), chunk)]
 
     def at_step_end(pipe: Any, index: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        nonlocal evaluations, began, told
-        evaluations += 1
+        nonlocal began, told, whole
+        whole = whole if index else cadence_of(spec, family, pipe.num_timesteps)
         seconds, began = time.perf_counter() - began, time.perf_counter()
         # Some schedulers evaluate more often than they step.
         step = spec.steps * (index + 1) // pipe.num_timesteps
-        done, whole = len(outputs) // chunk * spec.steps + step, spec.steps * len(chunks)
-        job.advance(phase, pass_number=spec.number, step=done, steps=whole)
+        done, steps = len(outputs) // chunk * spec.steps + step, spec.steps * len(chunks)
+        job.advance(phase, pass_number=spec.number, step=done, steps=steps)
         emit(
             "step.completed",
             step=step, steps=spec.steps, image=len(outputs), seconds=round(seconds, 6),
+            evaluation="whole" if whole[index] else "cheap",
         )  # fmt: skip
         if done > told:
             told = done
-            on_step(spec, done, whole, family.unpack(tensors["latents"], spec.height, spec.width))
+            on_step(spec, done, steps, family.unpack(tensors["latents"], spec.height, spec.width))
         job.checkpoint("step")
         return tensors
 
@@ -224,13 +231,18 @@ def run_pass(
             outputs += [*family.unpack_output(latents, spec.height, spec.width)[:, None]]
         view.relax()
         refuse_broken(outputs, view, model.family.denoiser)
-        learned["evaluations"] = evaluations // len(chunks)
+        made = counted(whole)
         rows, columns = outputs[0].shape[-2:]
-        learned["width"] = columns * model.scale.factor
-        learned["height"] = rows * model.scale.factor
+        learned |= {
+            "evaluations": len(whole),
+            "whole": made.whole,
+            "cheap": made.cheap,
+            "width": columns * model.scale.factor,
+            "height": rows * model.scale.factor,
+        }
         given = finish(outputs)
         learned["output_digest"] = digest(given)
-    return given
+    return given, made
 
 
 def _first_noise(

@@ -181,6 +181,13 @@ class PromptReader:
         )
 
 
+def changes(spec: PassSpec) -> frozenset[int]:
+    """Return the steps of a pass, from 0, whose prompts say something else than the one before."""
+    branches = (*spec.reading.prompt.branches, spec.reading.negative)
+    said = [[branch.at(moment) for branch in branches] for moment in moments(spec)]
+    return frozenset(step for step in range(1, len(said)) if said[step] != said[step - 1])
+
+
 def moments(spec: PassSpec) -> tuple[Moment, ...]:
     """Return the steps of a pass, as a prompt's schedule counts them."""
     passes = int(spec.steps_before > 0)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from holdfast.engine.passes.one_pass import StepHook
     from holdfast.engine.passes.prompts import Conditioning, Prompts
     from holdfast.engine.passes.views import View
+    from holdfast.engine.requests.cadence import Evaluations
     from holdfast.engine.requests.hires import Hires
 
 
@@ -60,6 +61,7 @@ class Runner:
     Attributes:
         timings: Seconds by phase so far.
         degradations: What was done otherwise than a host would expect.
+        evaluations: That each pass so far took, for each image.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Runner:
     ) -> None:
         self.timings: dict[str, float] = {}
         self.degradations: list[Degradation] = []
+        self.evaluations: list[Evaluations] = []
         self._pipeline = pipeline
         self._plan = plan
         self._prompts = prompts
@@ -171,7 +174,7 @@ class Runner:
         with self._timed("encode prompt", f"pass {spec.number}"):
             rows = self._encode_prompt(spec, view)
         with self._timed(f"pass {spec.number}", f"pass {spec.number}"):
-            return run_pass(
+            given, evaluations = run_pass(
                 spec,
                 view,
                 view.model,
@@ -183,6 +186,8 @@ class Runner:
                 emit=self._emit,
                 on_step=self._on_step,
             )
+        self.evaluations.append(evaluations)
+        return given
 
     def _encode_prompt(self, spec: PassSpec, view: View) -> Conditioning:
         self._job.checkpoint("encode prompt")

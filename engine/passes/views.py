@@ -16,6 +16,7 @@ import openvino as ov
 
 from holdfast.engine.compiling.memory import trim
 from holdfast.engine.errors import GenerationError
+from holdfast.engine.graphs.feature_reuse import FEATURES, FRESH, KEPT
 from holdfast.engine.graphs.text_encoder import REPLACED, VECTORS
 from holdfast.engine.graphs.vae_tiles import STRIDES, TiledVae
 from holdfast.engine.imports import heavy, quiet
@@ -58,7 +59,12 @@ class Port(ov.CompiledModel):  # type: ignore[misc] # OpenVINO publishes no type
                 1 if side.is_dynamic else side.get_length() for side in port.get_partial_shape()
             ]
             for port in self.inputs
-            if port.get_any_name() in (VECTORS, REPLACED)
+            if port.get_any_name() in (VECTORS, REPLACED, KEPT)
+        }
+        self._deep = {
+            port.get_any_name(): np.array(True)  # noqa: FBT003 - what NumPy takes
+            for port in self.inputs
+            if port.get_any_name() == FRESH
         }
         self.steer: Callable[[Callable[[Any], Any], Any], Any] | None = None
 
@@ -80,14 +86,21 @@ class Port(ov.CompiledModel):  # type: ignore[misc] # OpenVINO publishes no type
 
         def infer(given: Any) -> Any:
             return self._request.infer(
-                given,
+                {**self._deep, **given} if self._deep else given,
                 share_inputs=share_inputs,
                 share_outputs=share_outputs,
                 decode_strings=decode_strings,
             )
 
         given = {**inputs, **zeros} if zeros else inputs
-        return infer(given) if self.steer is None else self.steer(infer, given)
+        answer = infer(given) if self.steer is None else self.steer(infer, given)
+        return _without_features(answer) if self._deep else answer
+
+
+def _without_features(outputs: Any) -> Any:
+    """Return an inference's outputs as the pipelines know them."""
+    known = {port: value for port, value in outputs.items() if FEATURES not in port.get_names()}
+    return type(outputs)(known)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from holdfast.engine.requests.lora import Lora
 from holdfast.engine.requests.pictures import Mask, Picture, several
 from holdfast.engine.requests.regions import HALF, Blur, Box, Fill, Padding, is_empty
 from holdfast.engine.requests.schedulers import check_scheduler
-from holdfast.engine.requests.values import Fraction, Guidance, Seed, Side, Steps, Value
+from holdfast.engine.requests.values import Fraction, Guidance, Seed, Side, Speed, Steps, Value
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -45,6 +45,7 @@ class Detail(Value):
         seed: Of the first region; each further one has the next. None: that of the image.
         batch: Number of images, each with the next seed; 1 as a part of a request.
         lora: LoRA set of these passes alone. None: that of the engine; empty: none.
+        speed: See `Txt2Img`. None: that of the request, or exact.
         width: Pixels that each region is redrawn at. None: the model's own size.
         height: The same.
     """
@@ -67,6 +68,7 @@ class Detail(Value):
     seed: Seed | None = None
     batch: Annotated[int, Field(ge=1, le=64)] = 1
     lora: tuple[Lora, ...] | None = None
+    speed: Speed | None = None
     width: Side | None = None
     height: Side | None = None
 

@@ -11,7 +11,7 @@ from holdfast.engine.requests.detail import Detail
 from holdfast.engine.requests.lora import Lora
 from holdfast.engine.requests.pictures import several
 from holdfast.engine.requests.schedulers import check_schedule, check_scheduler, with_schedule
-from holdfast.engine.requests.values import SEEDS, Guidance, Seed, Side, Steps, Value
+from holdfast.engine.requests.values import SEEDS, Guidance, Seed, Side, Speed, Steps, Value
 
 
 class Prompted(Value):
@@ -31,6 +31,7 @@ class Prompted(Value):
     variation_seed: Seed | None = None
     variation_strength: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed_resize: tuple[Side, Side] | None = None
+    speed: Speed = "exact"
 
     @field_validator("scheduler")
     @classmethod

@@ -78,6 +78,7 @@ class Txt2ImgFields(TypedDict, total=False):
     variation_seed: int | None
     variation_strength: float
     seed_resize: Sequence[int] | None
+    speed: Literal["exact", "balanced", "fast"]
     detail: Sequence[Detail] | Detail
     width: int | None
     height: int | None
@@ -100,6 +101,7 @@ class Img2ImgOptional(TypedDict, total=False):
     variation_seed: int | None
     variation_strength: float
     seed_resize: Sequence[int] | None
+    speed: Literal["exact", "balanced", "fast"]
     detail: Sequence[Detail] | Detail
     strength: float
     width: int | None
@@ -136,6 +138,7 @@ class InpaintOptional(TypedDict, total=False):
     variation_seed: int | None
     variation_strength: float
     seed_resize: Sequence[int] | None
+    speed: Literal["exact", "balanced", "fast"]
     detail: Sequence[Detail] | Detail
     mask: Image | str | Path | None
     mask_invert: bool
@@ -178,6 +181,7 @@ class HiresFields(TypedDict, total=False):
     variation_seed: int | None
     variation_strength: float
     seed_resize: Sequence[int] | None
+    speed: Literal["exact", "balanced", "fast"]
     detail: Sequence[Detail] | Detail
     image: Image | str | Path | None
     first_strength: float
@@ -198,6 +202,7 @@ class HiresFields(TypedDict, total=False):
     hires_seed: int | None
     hires_lora: Sequence[Lora] | None
     hires_model: str | Path | None
+    hires_speed: Literal["exact", "balanced", "fast"] | None
 
 
 class DetailFields(TypedDict, total=False):
@@ -220,5 +225,6 @@ class DetailFields(TypedDict, total=False):
     seed: int | None
     batch: int
     lora: Sequence[Lora] | None
+    speed: Literal["exact", "balanced", "fast"] | None
     width: int | None
     height: int | None

@@ -12,7 +12,15 @@ from holdfast.engine.requests.pictures import Picture, Pictures
 from holdfast.engine.requests.schedulers import check_scheduler
 from holdfast.engine.requests.sizes import Fit, following, rounded
 from holdfast.engine.requests.upscalers import UPSCALERS, check_upscaler
-from holdfast.engine.requests.values import Fraction, Guidance, ModelName, Seed, Side, Steps
+from holdfast.engine.requests.values import (
+    Fraction,
+    Guidance,
+    ModelName,
+    Seed,
+    Side,
+    Speed,
+    Steps,
+)
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -48,6 +56,7 @@ class Hires(Drawn):
             None: that of the engine; empty: none.
         hires_model: Another model for the second pass, named as `EngineConfig.model` is. It may
             be of another family where the upscaler works on pixels.
+        hires_speed: None: `speed`.
     """
 
     kind: Literal["hires"] = "hires"
@@ -70,6 +79,7 @@ class Hires(Drawn):
     hires_seed: Seed | None = None
     hires_lora: tuple[Lora, ...] | None = None
     hires_model: ModelName | None = None
+    hires_speed: Speed | None = None
 
     if TYPE_CHECKING:
 

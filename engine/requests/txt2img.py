@@ -43,6 +43,10 @@ class Txt2Img(Drawn):
         variation_strength: How far, 0 to 1; 1 is all the way.
         seed_resize: Width and height in pixels of the noise that is laid in the middle, for the
             composition that the seed gives at that size.
+        speed: ``"exact"``: every evaluation of the denoiser is whole. ``"balanced"``, ``"fast"``:
+            every second, every third one, once the picture is composed; those between run the
+            prompt alone, and take from the last whole one what guidance adds and, of a UNet, what
+            its deep part gave. Works only with guidance, and from 6 evaluations in a pass on.
         detail: Passes over regions of the images, after all others.
     """
 

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from PIL import Image
 from pydantic import (
@@ -273,3 +273,4 @@ SIDE = 16384
 
 Side = Annotated[int, Field(ge=1, le=SIDE)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Speed = Literal["exact", "balanced", "fast"]

@@ -17,6 +17,7 @@ from holdfast.engine.results.saving import FORMATS, QUALITY, Telling, encode, fo
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from holdfast.engine.requests.cadence import Evaluations
     from holdfast.engine.requests.kinds import Request
     from holdfast.engine.results.saving import Format, Metadata
 
@@ -53,6 +54,7 @@ class Result:
         degradations: Empty unless the engine is not strict.
         infotexts: A1111's generation parameters of each image.
         provenance: What else identifies how the images were made: versions, model, LoRAs.
+        evaluations: Of the denoiser, for each image, in each pass: how many were whole and cheap.
     """
 
     images: tuple[Image.Image, ...]
@@ -63,6 +65,7 @@ class Result:
     degradations: tuple[Degradation, ...]
     infotexts: tuple[str, ...] = field(repr=False)
     provenance: Mapping[str, Any] = field(repr=False)
+    evaluations: tuple[Evaluations, ...] = ()
 
     @property
     def infotext(self) -> str:

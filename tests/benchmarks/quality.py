@@ -32,7 +32,7 @@ class Quality:
     Attributes:
         right: Share of pictures that show everything their prompt says.
         psnr: Against those of the first precision, in dB; infinite for that itself.
-        features: Their distance in features of the demo's VAE, 0 for equal pictures; see `_apart`.
+        features: Their distance in features of the demo's VAE, 0 for equal pictures; see `apart`.
     """
 
     right: float
@@ -47,21 +47,22 @@ def measure_quality(cache: Path) -> dict[str, Quality]:
     prompts = _prompts()
     drawn = {precision: _draw(precision, prompts, cache) for precision in PRECISIONS}
     exact = drawn[PRECISIONS[0]]
-    encoder = _encoder()
+    levels = encoder()
     return {
         precision: Quality(
-            _mean(
+            mean(
                 all(judge(description, read(image)).values())
                 for (description, _), image in zip(prompts, images, strict=True)
             ),
-            _mean(map(_psnr, exact, images)),
-            _mean(_apart(encoder, *pair) for pair in zip(exact, images, strict=True)),
+            mean(map(psnr, exact, images)),
+            mean(apart(levels, *pair) for pair in zip(exact, images, strict=True)),
         )
         for precision, images in drawn.items()
     }
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[float]) -> float:
+    """Return the mean."""
     return float(np.mean(list(values)))
 
 
@@ -88,11 +89,13 @@ def _draw(precision: str, prompts: list[tuple[Description, str]], cache: Path) -
         ]
 
 
-def _psnr(one: Image.Image, other: Image.Image) -> float:
+def psnr(one: Image.Image, other: Image.Image) -> float:
+    """Return the peak signal-to-noise ratio between two pictures, in dB."""
     return difference(np.asarray(one, float), np.asarray(other, float)).psnr
 
 
-def _encoder() -> Any:
+def encoder() -> Any:
+    """Return the encoder of the demo's VAE, whose levels `apart` looks at."""
     from holdfast.engine.demo import model_folder
     from holdfast.engine.imports import heavy, quiet
 
@@ -103,7 +106,7 @@ def _encoder() -> Any:
         return AutoencoderKL.from_pretrained(model_folder() / "vae").encoder.eval()
 
 
-def _apart(encoder: Any, one: Image.Image, other: Image.Image) -> float:
+def apart(encoder: Any, one: Image.Image, other: Image.Image) -> float:
     """
     Return how far two pictures are apart in the features of each level of a VAE's encoder.
 

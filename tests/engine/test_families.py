@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from holdfast.engine import Detail, Engine, Hires, Img2Img, Inpaint, Lora, Preview, Txt2Img
+from holdfast.engine import (
+    Detail,
+    Engine,
+    Evaluations,
+    Hires,
+    Img2Img,
+    Inpaint,
+    Lora,
+    Preview,
+    Txt2Img,
+)
 from holdfast.engine.errors import InvalidRequest, LoraError
 from holdfast.engine.imports import heavy
 from holdfast.engine.requests.upscalers import upscale_image
@@ -25,6 +35,8 @@ if TYPE_CHECKING:
 
 SIDES = {"width": 96, "height": 64}
 GUIDED, UNGUIDED = 4.0, {"z-image": 0.0}
+UNREUSED = ("flux-dev", "flux-schnell", "flux2-klein")
+"""Those that know no negative prompt."""
 READ = {
     "sd3": 255, "sd3-without-t5": 75, "flux-dev": 511, "flux-schnell": 511, "flux2-klein": 500,
     "flux2-klein-base": 500, "z-image": 504, "sana": 298, "qwen-image": 1019,
@@ -92,6 +104,22 @@ def test_a_batch_is_drawn_as_diffusers_draws_each(drawn: Drawn, guidance: float)
         theirs = drawn.reference.draw(drawn.folder, **SIDES, steps=3, guidance=guidance, seed=seed)
         assert theirs.std() > 20
         assert_same(image, theirs)
+
+
+def test_cheap_evaluations_reuse_what_guidance_added(drawn: Drawn) -> None:
+    """Where it is guided, with the prompt alone as PyTorch draws it so; else all are whole."""
+    request = Txt2Img(**drawn.request(), **SIDES, steps=6, seed=3, batch=2)
+    made = drawn.engine.run(request.but(speed="fast"))
+    alone = drawn.engine.run(made.request_of(1)).images[0]
+    assert alone.tobytes() == made.images[1].tobytes()
+    if drawn.name in UNREUSED:
+        assert made.evaluations == (Evaluations(6),)
+        return
+    assert made.evaluations == (Evaluations(4, 2),)
+    theirs = drawn.reference.draw(
+        drawn.folder, **SIDES, steps=6, guidance=GUIDED, seed=3, cheap=(4, 5)
+    )
+    assert_same(made.images[0], theirs)
 
 
 def test_an_image_is_drawn_over_in_exactly_the_steps_asked_for(drawn: Drawn) -> None:

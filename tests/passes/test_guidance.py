@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from holdfast.engine.compiling.keys import ComponentKey
+from holdfast.engine.models.families.stable_diffusion import STABLE_DIFFUSION
 from holdfast.engine.passes.guidance import guided
+from holdfast.engine.passes.one_pass import PassSpec
 from holdfast.engine.passes.prompts import Conditioning
+from holdfast.states import Mode
 
 
 def rows(*values: float) -> dict[str, torch.Tensor]:
@@ -32,9 +36,17 @@ def test_what_the_pipeline_guides_by_is_the_equations(
     """Composed by shares, then guided, then rescaled: as written out in NumPy."""
     port = SimpleNamespace(steer=None)
     view: Any = SimpleNamespace(
-        ports={"unet": port}, denoiser="unet", pipeline=SimpleNamespace(num_timesteps=1)
+        ports={"unet": port},
+        denoiser="unet",
+        pipeline=SimpleNamespace(num_timesteps=1),
+        model=SimpleNamespace(family=STABLE_DIFFUSION),
+        components={"unet": SimpleNamespace(key=ComponentKey("unet", ""))},
     )
-    spec: Any = SimpleNamespace(steps=1, guidance=3.0, guidance_rescale=rescale)
+    spec = PassSpec(
+        number=1, mode=Mode.TXT2IMG, width=64, height=64, steps=1, strength=None, guidance=3.0,
+        scheduler=None, sampler="ddim", prompt="", negative_prompt="", seeds=(1,) * images,
+        guidance_rescale=rescale,
+    )  # fmt: skip
     told = Conditioning((tuple((share, rows(v)) for share, v in branches),), (rows(0.1),))
     sample = np.random.default_rng(1).standard_normal((images, 4, 5, 6)).astype(np.float32)
     doubled = {"sample": np.concatenate([sample] * 2), "timestep": np.float32(3)}

@@ -38,6 +38,7 @@ class Geometry:
         images: How many images go through the denoiser at once.
         guidance: Its scale.
         chunks: Of the prompt, each as long as a text encoder reads at once.
+        apart: The prompt and the negative prompt go through it one after the other.
     """
 
     width: int
@@ -45,6 +46,7 @@ class Geometry:
     images: int = 1
     guidance: float = 7.0
     chunks: int = 1
+    apart: bool = False
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
@@ -59,11 +61,13 @@ class Guidance:
         kind: By a batch of twice the size, by two inferences, by an input of its own, or not.
         above: Scales over this one are guided; others leave the negative prompt out.
         argument: What the pipelines call the scale.
+        prompt_first: The first half of a doubled batch is the prompt's, and not the second.
     """
 
     kind: Literal["doubled", "twice", "embedded", "none"]
     above: float = 1.0
     argument: str = "guidance_scale"
+    prompt_first: bool = False
 
 
 DOUBLED, EMBEDDED, UNGUIDED = Guidance("doubled"), Guidance("embedded"), Guidance("none")
@@ -290,7 +294,7 @@ class Family:
     def batch(self, geometry: Geometry) -> int:
         """Return the denoiser's batch for this geometry."""
         doubled = self.guidance.kind == "doubled" and self.guides(geometry)
-        return geometry.images * (2 if doubled else 1)
+        return geometry.images * (2 if doubled and not geometry.apart else 1)
 
     def static_shape(self, component: str, geometry: Geometry, scale: Scale) -> tuple[int, ...]:
         """

@@ -60,7 +60,7 @@ Z_IMAGE = ZImage(
     text_encoders=("text_encoder",),
     pipelines={Mode.TXT2IMG: "OVZImagePipeline", Mode.IMG2IMG: "OVZImageImg2ImgPipeline"},
     default_side=128,
-    guidance=Guidance("doubled", above=0.0),
+    guidance=Guidance("doubled", above=0.0, prompt_first=True),
     vae_statistics=("shift_factor",),
     probe_tokens=2 * _GROUP,
     reads_whole=True,
