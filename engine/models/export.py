@@ -158,21 +158,18 @@ def _main() -> None:
     heavy()
     with quiet():
         _refuse_gaps()
-        _write(order, Path(sys.argv[1]), tell)
-
-
-def _write(order: Order, target: Path, tell: Callable[[Progress], None]) -> None:
-    if order.pipeline == LONE_VAE:
-        vae = _load_vae(order)
+        target = Path(sys.argv[1])
+        if order.pipeline == LONE_VAE:
+            vae = _load_vae(order)
+            tell(Progress("convert", 1, 2))
+            _write_vae(vae, target, order)
+            return
+        pipeline = _load_pipeline(order)
+        _bound_prompts(pipeline)
         tell(Progress("convert", 1, 2))
-        _write_vae(vae, target, order)
-        return
-    pipeline = _load_pipeline(order)
-    _bound_prompts(pipeline)
-    tell(Progress("convert", 1, 2))
-    from optimum.exporters.openvino import export_from_model
+        from optimum.exporters.openvino import export_from_model
 
-    export_from_model(pipeline, target, ov_config=_written_as(order))
+        export_from_model(pipeline, target, ov_config=_written_as(order))
 
 
 def _written_as(order: Order) -> Any:

@@ -26,7 +26,6 @@ from holdfast.engine.imports import heavy
 from holdfast.engine.requests.upscalers import upscale_image
 from tests.support import tiny_transformers
 from tests.support.engines import Record, opened, record
-from tests.support.exporter import Exporter
 from tests.support.parity import PROMPT, REFERENCES, Reference, as_array, assert_same
 
 if TYPE_CHECKING:
@@ -69,18 +68,9 @@ class Drawn:
         return {"prompt": PROMPT, "guidance": GUIDED, **self.reference.negative, **facts}
 
 
-@pytest.fixture(scope="module")
-def exporter() -> Iterator[Exporter]:
-    with Exporter() as running:
-        yield running
-
-
 @pytest.fixture(scope="module", params=REFERENCES)
 def drawn(
-    request: pytest.FixtureRequest,
-    exporter: Exporter,
-    tiny_cache: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Drawn]:
     work = tmp_path_factory.mktemp(request.param)
     folder = tiny_transformers.build(request.param, work / "model")
@@ -88,7 +78,6 @@ def drawn(
     with opened({**settings, "shapes": "dynamic"}, work) as engine:
         steps = engine.plan(Hires(prompt=PROMPT, width=64, height=64)).steps
         planned = frozenset(step.subject for step in steps if step.action == "compile")
-        exporter.resolve(folder, tiny_cache)
         yield Drawn(request.param, folder, REFERENCES[request.param], engine, settings, planned)
 
 
