@@ -331,13 +331,14 @@ class Service:
     def _step_seconds(self, spec: PassSpec) -> float | None:
         """Return what a step takes; guessed from whole evaluations where there were no cheap."""
         known = self._cache.costs.expected("step", *self._step_bucket(spec))
-        if known is not None or spec.speed == "exact":
-            return None if known is None else known.seconds
-        exact = dataclasses.replace(spec, speed="exact")
-        known = self._cache.costs.expected("step", *self._step_bucket(exact))
+        if known is not None:
+            return known.seconds
+        if spec.speed == "exact":
+            return None
+        whole = self._step_seconds(dataclasses.replace(spec, speed="exact"))
         made = self._evaluations(spec)
         saved = _SAVED * made.cheap / (made.whole + made.cheap)
-        return None if known is None else known.seconds * (1 - saved)
+        return None if whole is None else whole * (1 - saved)
 
     def _imports(self) -> Cost | None:
         """Return what the imports that a pass waits for will take; None where all are made."""
@@ -420,13 +421,12 @@ class Service:
         }
         # The rest comes in beside the first compile, and is waited for behind it.
         seconds = {phase: each for phase, each in imports.items() if phase != "import optimum"}
-        for each, moves in zip(passes, made.stages, strict=True):
+        for each, moves, cost in zip(passes, made.stages, made.passes, strict=True):
             known = [step.cost.seconds or 1.0 for move in moves for step in move.steps]
             seconds[f"prepare {each.number}"] = sum(known) + 0.01
             seconds |= imports
-            known_step = self._step_seconds(each)
-            step = known_step or each.width * each.height * _UNKNOWN_STEP
-            seconds[f"pass {each.number}"] = step * each.steps * len(each.seeds)
+            unknown = each.width * each.height * _UNKNOWN_STEP * each.steps * len(each.seeds)
+            seconds[f"pass {each.number}"] = cost.seconds or unknown
         job.expect(seconds)
 
     def _tell_import(self, job: Job[Any], event: str, /, **facts: Any) -> None:

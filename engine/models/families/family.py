@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from holdfast.engine.errors import ModelSourceError
+from holdfast.engine.graphs.feature_reuse import FRESH
 from holdfast.engine.models.configs import Denoiser, UNet
 from holdfast.states import Mode
 
@@ -339,8 +340,8 @@ class Family:
         return self.static_shape(component, Geometry(pixels, pixels, guidance=0.0), scale)
 
     def probe_value(self, name: str, main: tuple[int, ...]) -> float:
-        """Return what fills an input of a component that is tried: nothing is masked."""
-        return 1.0 if "mask" in name else 0.0
+        """Return what fills an input of a component that is tried: no part of it is left out."""
+        return 1.0 if "mask" in name or name == FRESH else 0.0
 
     def probe_side(self, component: str, scale: Scale) -> int:
         """
