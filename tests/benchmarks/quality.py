@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,12 @@ ONE_FIGURE, TWO_FIGURES = 45, 15
 @dataclass(frozen=True)
 class Quality:
     """
-    What one precision's pictures are like, as means over all prompts.
+    What pictures of one kind are like, as means over all prompts.
 
     Attributes:
         right: Share of pictures that show everything their prompt says.
-        psnr: Against those of the first precision, in dB; infinite for that itself.
-        features: Their distance in features of the demo's VAE, 0 for equal pictures; see `apart`.
+        psnr: Against the exact ones, in dB; infinite for those themselves.
+        features: Their distance in features of the demo's VAE, 0 for equal pictures; see `_apart`.
     """
 
     right: float
@@ -42,27 +43,30 @@ class Quality:
 
 def measure_quality(cache: Path) -> dict[str, Quality]:
     """Draw both passes of every prompt in every precision, and compare the final pictures."""
-    from holdfast.engine.demo.checker import judge, read
-
     prompts = _prompts()
     drawn = {precision: _draw(precision, prompts, cache) for precision in PRECISIONS}
     exact = drawn[PRECISIONS[0]]
-    levels = encoder()
-    return {
-        precision: Quality(
-            mean(
-                all(judge(description, read(image)).values())
-                for (description, _), image in zip(prompts, images, strict=True)
-            ),
-            mean(map(psnr, exact, images)),
-            mean(apart(levels, *pair) for pair in zip(exact, images, strict=True)),
-        )
-        for precision, images in drawn.items()
-    }
+    return {precision: judged(prompts, images, exact) for precision, images in drawn.items()}
 
 
-def mean(values: Iterable[float]) -> float:
-    """Return the mean."""
+def judged(
+    prompts: list[tuple[Description, str]], images: list[Image.Image], exact: list[Image.Image]
+) -> Quality:
+    """Return what pictures are like, one for each prompt, beside the exact ones."""
+    from holdfast.engine.demo.checker import judge, read
+
+    encoder = _encoder()
+    return Quality(
+        _mean(
+            all(judge(description, read(image)).values())
+            for (description, _), image in zip(prompts, images, strict=True)
+        ),
+        _mean(map(_psnr, exact, images)),
+        _mean(_apart(encoder, *pair) for pair in zip(exact, images, strict=True)),
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 
@@ -89,13 +93,12 @@ def _draw(precision: str, prompts: list[tuple[Description, str]], cache: Path) -
         ]
 
 
-def psnr(one: Image.Image, other: Image.Image) -> float:
-    """Return the peak signal-to-noise ratio between two pictures, in dB."""
+def _psnr(one: Image.Image, other: Image.Image) -> float:
     return difference(np.asarray(one, float), np.asarray(other, float)).psnr
 
 
-def encoder() -> Any:
-    """Return the encoder of the demo's VAE, whose levels `apart` looks at."""
+@functools.cache
+def _encoder() -> Any:
     from holdfast.engine.demo import model_folder
     from holdfast.engine.imports import heavy, quiet
 
@@ -106,7 +109,7 @@ def encoder() -> Any:
         return AutoencoderKL.from_pretrained(model_folder() / "vae").encoder.eval()
 
 
-def apart(encoder: Any, one: Image.Image, other: Image.Image) -> float:
+def _apart(encoder: Any, one: Image.Image, other: Image.Image) -> float:
     """
     Return how far two pictures are apart in the features of each level of a VAE's encoder.
 

@@ -7,7 +7,6 @@ What faster requests cost, and what they do to the picture: fresh prompts of the
 from __future__ import annotations
 
 import argparse
-import resource
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tests.benchmarks.fleet import say
-from tests.benchmarks.quality import Quality, apart, encoder, mean, psnr
+from tests.benchmarks.quality import judged
+from tests.benchmarks.worker import cpu_seconds
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from holdfast.engine import Engine
     from holdfast.engine.demo.scenes import Description
+    from tests.benchmarks.quality import Quality
 
 SPEEDS = ("exact", "balanced", "fast")
 SAMPLERS = ("ddim", "euler", "dpm++2m", "euler-a")
@@ -56,7 +57,6 @@ def measure(
         By speed its CPU seconds against exact, and the first and the final pictures' quality.
     """
     from holdfast.engine import Hires
-    from holdfast.engine.demo.checker import judge, read
 
     drawn = {speed: Drawn() for speed in SPEEDS}
     for seed, (_, prompt) in enumerate(prompts):
@@ -65,26 +65,18 @@ def measure(
                 prompt=prompt, seed=seed, steps=20, hires_steps=10, guidance=guidance,
                 scheduler=sampler, speed=speed,
             )  # fmt: skip
-            before = _cpu_seconds()
+            before = cpu_seconds()
             made = engine.run(request)
-            pictures.cpu += _cpu_seconds() - before
+            pictures.cpu += cpu_seconds() - before
             pictures.first += made.first_pass
             pictures.final += made.images
 
-    def judged(images: list[Image.Image], exact: list[Image.Image]) -> Quality:
-        right = [
-            all(judge(description, read(image)).values())
-            for (description, _), image in zip(prompts, images, strict=True)
-        ]
-        features = [apart(levels, *pair) for pair in zip(exact, images, strict=True)]
-        return Quality(mean(right), mean(map(psnr, exact, images)), mean(features))
-
-    levels, exact = encoder(), drawn["exact"]
+    exact = drawn["exact"]
     return {
         speed: (
             each.cpu / exact.cpu,
-            judged(each.first, exact.first),
-            judged(each.final, exact.final),
+            judged(prompts, each.first, exact.first),
+            judged(prompts, each.final, exact.final),
         )
         for speed, each in drawn.items()
     }
@@ -124,11 +116,6 @@ def main() -> None:
 def _told(cpu: float, *pictures: Quality) -> str:
     said = [f"{each.right:.3f} | {each.psnr:.1f} | {each.features:.4f}" for each in pictures]
     return " | ".join([f"{cpu:.2f}", *said])
-
-
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":
