@@ -31,6 +31,7 @@ from holdfast.engine.errors import CompileError, ModelSourceError
 from holdfast.engine.graphs.feature_reuse import FEATURES, FRESH, KEPT, reuse_features
 from holdfast.engine.graphs.geglu import split_gates
 from holdfast.engine.graphs.prompt_length import PROMPT, accept_any_prompt_length
+from holdfast.engine.graphs.scaled_norms import WITHOUT_SNIPPETS, has_scaled_norms
 from holdfast.engine.graphs.text_encoder import give_earlier_layers, take_vectors
 from holdfast.engine.graphs.timesteps import accept_fractional_timesteps, embed_timesteps_exactly
 from holdfast.engine.graphs.vae_tiles import STRIDES
@@ -330,6 +331,8 @@ class Compiler:
     def _compiled(self, graph: ov.Model, key: ComponentKey) -> tuple[ov.CompiledModel, bool]:
         """Return the compiled model, and whether its blob was on disk."""
         properties = dict(key.properties)
+        if _is_static(key) and properties[PRECISION] == "f32" and has_scaled_norms(graph):
+            properties |= WITHOUT_SNIPPETS
         if not self._blobs_for(key.device):
             compiled = self.core.compile_model(graph, key.device, properties)
             return compiled, in_force(compiled, "LOADED_FROM_CACHE") == "True"
@@ -455,6 +458,11 @@ def _shaped(graph: ov.Model, key: ComponentKey, family: Family) -> ov.Model:
         graph = graph.clone()
         graph.reshape(dict(_static_shapes(graph, key, family)))
     return graph
+
+
+def _is_static(key: ComponentKey) -> bool:
+    """Whether it is for the CPU, and for one size alone."""
+    return key.device == "CPU" and key.shape != DYNAMIC and key.shape not in STRIDES
 
 
 def _grown(before: int | None, after: int | None) -> int | None:
