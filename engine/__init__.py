@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from holdfast.engine.requests.detail import Detail
     from holdfast.engine.requests.hires import Hires
     from holdfast.engine.requests.img2img import Img2Img
+    from holdfast.engine.requests.infotext import Lost, request_from_infotext
     from holdfast.engine.requests.inpaint import Inpaint
     from holdfast.engine.requests.kinds import Request, request_from_json
     from holdfast.engine.requests.lora import Lora
@@ -77,6 +78,7 @@ __all__ = [
     "Job",
     "Lora",
     "LoraError",
+    "Lost",
     "Mode",
     "ModelFacts",
     "ModelSourceError",
@@ -92,6 +94,7 @@ __all__ = [
     "Transition",
     "Txt2Img",
     "request_from_image",
+    "request_from_infotext",
     "request_from_json",
     "request_from_untrusted_json",
 ]
@@ -111,6 +114,7 @@ _HOMES = {
     "holdfast.engine.requests.detail": ("Detail",),
     "holdfast.engine.requests.hires": ("Hires",),
     "holdfast.engine.requests.img2img": ("Img2Img",),
+    "holdfast.engine.requests.infotext": ("Lost", "request_from_infotext"),
     "holdfast.engine.requests.inpaint": ("Inpaint",),
     "holdfast.engine.requests.kinds": ("Request", "request_from_json"),
     "holdfast.engine.requests.lora": ("Lora",),

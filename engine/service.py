@@ -32,6 +32,7 @@ from holdfast.engine.passes.runner import Runner
 from holdfast.engine.requests.cadence import counted
 from holdfast.engine.requests.config import EngineConfig
 from holdfast.engine.requests.hires import Hires
+from holdfast.engine.requests.kinds import alone
 from holdfast.engine.requests.told import told_request
 from holdfast.engine.results.result import Degradation, Result
 from holdfast.engine.subscribers import Preview
@@ -280,7 +281,8 @@ class Service:
             degradations=(*degradations, *runner.degradations),
             evaluations=tuple(runner.evaluations),
             infotexts=tuple(
-                infotext(request, passes, index, provenance) for index in range(len(images))
+                infotext(alone(request, seeds, index), passes, index, provenance)
+                for index in range(len(images))
             ),
             provenance={
                 "model": provenance.model,

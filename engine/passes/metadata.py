@@ -9,22 +9,24 @@ from typing import TYPE_CHECKING
 from holdfast.engine.requests.detail import Detail
 from holdfast.engine.requests.hires import Hires
 from holdfast.engine.requests.img2img import Img2Img
+from holdfast.engine.requests.infotext import OWN, told_beside
 from holdfast.engine.requests.inpaint import Inpaint
 from holdfast.engine.requests.regions import FILL_LABELS
 from holdfast.engine.requests.schedulers import SCHEDULERS
 from holdfast.engine.requests.sizes import FIT_LABELS, scaled
 from holdfast.engine.requests.told import told_path
 from holdfast.engine.requests.upscalers import UPSCALERS
+from holdfast.engine.requests.values import exact
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from holdfast.engine.passes.one_pass import PassSpec
     from holdfast.engine.requests.kinds import Request
     from holdfast.engine.requests.txt2img import Txt2Img
 
 _ENDINGS = {2: "nd", 3: "rd"}
-_QUOTED = (",", "\n", ":", '"')
+_QUOTED = (",", "\n", "\r", ":", '"')
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,12 @@ def infotext(
     """
     Return the generation parameters of image `index`, as A1111 writes and reads them.
 
+    What A1111's words leave open, and a prompt that its readers would take for something else,
+    stands at the end under a name of Holdfast's own: `request_from_infotext` gives back an equal
+    request.
+
     Args:
-        request: What was asked for.
+        request: What was asked for, of this image alone: `Result.request_of`.
         passes: As they were run.
         index: Of the image in its batch.
         provenance: What made it.
@@ -65,8 +71,8 @@ def infotext(
     facts: dict[str, object] = {
         "Steps": first.steps,
         "Sampler": _sampler(first.sampler),
-        "CFG scale": f"{first.guidance:g}",
-        "Seed": first.seeds[index],
+        "CFG scale": exact(first.guidance),
+        "Seed": first.seeds[index] if request.seed is None else request.seed,
         "Size": f"{size[0]}x{size[1]}",
         "Model hash": provenance.model_hash,
         "Model": provenance.model,
@@ -74,25 +80,29 @@ def infotext(
     if not isinstance(request, Detail):
         facts |= _recipe_facts(request)
     if last.strength is not None:
-        facts["Denoising strength"] = f"{last.strength:g}"
+        facts["Denoising strength"] = exact(last.strength)
     if isinstance(request, Img2Img) and _reshaped(request.image.size, first):
         facts["Resize mode"] = FIT_LABELS[request.fit]
     if isinstance(request, Inpaint):
         facts |= _inpaint_facts(request)
     if isinstance(request, Hires):
         facts |= _hires_facts(request, first, last, index, size)
-    details = (request,) if isinstance(request, Detail) else request.detail
-    for number, detail in enumerate(details):
-        facts |= _detail_facts(detail, number)
+    facts |= _details_facts((request,) if isinstance(request, Detail) else request.detail)
     loras = [_loras(each, provenance) for each in whole]
     if loras[0]:
         facts["Lora"] = "; ".join(loras[0])
     if loras[-1] != loras[0]:
         facts["Hires lora"] = "; ".join(loras[-1]) or "none"
     facts["Version"] = f"holdfast {provenance.version}"
-    listed = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in facts.items())
-    negative = f"\nNegative prompt: {first.negative_prompt}" if first.negative_prompt else ""
-    return f"{first.prompt}{negative}\n{listed}"
+    begun = first.prompt
+    if first.negative_prompt:
+        begun += f"\nNegative prompt: {first.negative_prompt}"
+    words = f"{begun}\n{_listed(facts)}"
+    return f"{words}, {_listed({OWN: told_beside(words, request)})}"
+
+
+def _listed(facts: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}: {_quoted(str(value))}" for name, value in facts.items())
 
 
 def _recipe_facts(request: Txt2Img | Img2Img | Inpaint | Hires) -> dict[str, object]:
@@ -101,12 +111,12 @@ def _recipe_facts(request: Txt2Img | Img2Img | Inpaint | Hires) -> dict[str, obj
     if request.clip_skip is not None:
         facts["Clip skip"] = request.clip_skip
     if request.guidance_rescale:
-        facts["CFG Rescale phi"] = f"{request.guidance_rescale:g}"
+        facts["CFG Rescale phi"] = exact(request.guidance_rescale)
     if request.eta is not None:
-        facts["Eta"] = f"{request.eta:g}"
+        facts["Eta"] = exact(request.eta)
     if request.variation_strength:
         facts["Variation seed"] = request.variation_seed
-        facts["Variation seed strength"] = f"{request.variation_strength:g}"
+        facts["Variation seed strength"] = exact(request.variation_strength)
     if request.seed_resize is not None:
         facts["Seed resize from"] = "x".join(map(str, request.seed_resize))
     if request.speed != "exact":
@@ -115,7 +125,7 @@ def _recipe_facts(request: Txt2Img | Img2Img | Inpaint | Hires) -> dict[str, obj
 
 
 def _inpaint_facts(request: Inpaint) -> dict[str, object]:
-    facts: dict[str, object] = {"Mask blur": f"{request.mask_blur:g}"}
+    facts: dict[str, object] = {"Mask blur": exact(request.mask_blur)}
     if request.mask_invert:
         facts["Mask mode"] = "Inpaint not masked"
     if request.area == "masked":
@@ -127,6 +137,11 @@ def _inpaint_facts(request: Inpaint) -> dict[str, object]:
     return facts
 
 
+def _details_facts(details: Sequence[Detail]) -> dict[str, object]:
+    told = (_detail_facts(detail, number) for number, detail in enumerate(details))
+    return {name: value for each in told for name, value in each.items()}
+
+
 def _detail_facts(detail: Detail, number: int) -> dict[str, object]:
     """Return what ADetailer tells of one of its passes; those after the first are numbered."""
     told = {
@@ -134,12 +149,12 @@ def _detail_facts(detail: Detail, number: int) -> dict[str, object]:
         "negative prompt": detail.negative_prompt,
         "mask only top k largest": detail.largest,
         "dilate erode": detail.dilation,
-        "mask blur": f"{detail.mask_blur:g}",
-        "denoising strength": f"{detail.strength:g}",
+        "mask blur": exact(detail.mask_blur),
+        "denoising strength": exact(detail.strength),
         "inpaint only masked": True,
         "inpaint padding": detail.padding,
         "steps": detail.steps,
-        "CFG scale": None if detail.guidance is None else f"{detail.guidance:g}",
+        "CFG scale": None if detail.guidance is None else exact(detail.guidance),
         "speed": detail.speed,
         "sampler": None if detail.scheduler is None else _sampler(detail.scheduler),
     }
@@ -156,7 +171,7 @@ def _hires_facts(
 ) -> dict[str, object]:
     facts: dict[str, object] = {}
     if request.hires_width is None and request.hires_height is None:
-        facts["Hires upscale"] = f"{last.width / size[0]:g}"
+        facts["Hires upscale"] = exact(last.width / size[0])
     else:
         facts["Hires resize"] = f"{last.width}x{last.height}"
         # To its readers, `Hires resize` means that another aspect was cropped.
@@ -170,7 +185,7 @@ def _hires_facts(
         ("Hires prompt", first.prompt, last.prompt),
         ("Hires negative prompt", first.negative_prompt, last.negative_prompt),
         ("Hires sampler", _sampler(first.sampler), _sampler(last.sampler)),
-        ("Hires CFG Scale", f"{first.guidance:g}", f"{last.guidance:g}"),
+        ("Hires CFG Scale", exact(first.guidance), exact(last.guidance)),
         ("Hires seed", first.seeds[index], last.seeds[index]),
         ("Hires speed", request.speed, last.speed),
     )
@@ -193,4 +208,5 @@ def _sampler(name: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False) if any(c in value for c in _QUOTED) else value
+    plain = value == value.strip() and not any(each in value for each in _QUOTED)
+    return value if plain else json.dumps(value, ensure_ascii=False)

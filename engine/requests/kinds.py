@@ -14,7 +14,7 @@ from holdfast.engine.requests.txt2img import Txt2Img
 from holdfast.engine.requests.values import JSON, fields_of_json, read_as, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 Request = Txt2Img | Img2Img | Inpaint | Hires | Detail
 
@@ -41,6 +41,14 @@ def request_from_json(text: str | bytes) -> Request:
     fields = fields_of_json(text, "A request")
     with read_as(JSON):
         return kind_of(fields)(**fields)
+
+
+def alone(request: Request, seeds: Sequence[int], index: int) -> Request:
+    """Return the request of image `index` of a batch that was made with these seeds, alone."""
+    changes: dict[str, Any] = {"seed": seeds[index], "batch": 1}
+    if isinstance(request, Hires) and request.first_pass is not None:
+        changes["first_pass"] = (request.first_pass[index],)
+    return request.but(**changes)
 
 
 def kind_of(fields: Mapping[str, Any]) -> type[Request]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BeforeValidator, Field, PlainSerializer, field_validator
 
-from holdfast.engine.requests.values import Location, Value
+from holdfast.engine.requests.values import Location, Value, exact
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,5 +69,5 @@ class Lora(Value):
 
     def __str__(self) -> str:
         """Name and factors, as infotext shows them."""
-        blocks = ", ".join(f"{pattern}={factor:g}" for pattern, factor in self.blocks)
-        return f"{self.name}@{self.weight:g}" + (f"[{blocks}]" if blocks else "")
+        blocks = ", ".join(f"{pattern}={exact(factor)}" for pattern, factor in self.blocks)
+        return f"{self.name}@{exact(self.weight)}" + (f"[{blocks}]" if blocks else "")

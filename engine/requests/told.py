@@ -13,6 +13,8 @@ from PIL import Image
 
 from holdfast.engine.requests.detail import Detail
 from holdfast.engine.requests.lora import Lora
+from holdfast.engine.requests.pictures import picture_digest
+from holdfast.engine.requests.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +36,20 @@ def told_request(request: Request) -> dict[str, Any]:
     fields = getattr(type(request), "model_fields", ())  # what is no request is refused later
     given = {name: getattr(request, name) for name in fields if name not in _NOT_TOLD}
     return {name: _told(name, value) for name, value in given.items() if value is not None}
+
+
+def public(value: Any) -> Any:
+    """Return a request as JSON with digests in place of its pictures, and with paths as names."""
+    if isinstance(value, Value):
+        fields = {name: public(getattr(value, name)) for name in type(value).model_fields}
+        models = {name: told_path(fields[name]) for name in _LOCATIONS if fields.get(name)}
+        return {**fields, **models}
+    if isinstance(value, Image.Image):
+        width, height = value.size
+        return {"digest": picture_digest(value), "width": width, "height": height}
+    if isinstance(value, tuple):
+        return [public(each) for each in value]
+    return value.name if isinstance(value, Path) else value
 
 
 def told_path(path: object) -> str:

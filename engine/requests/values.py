@@ -206,6 +206,12 @@ def explain(value: type[BaseModel], error: ValidationError) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def exact(number: float) -> str:
+    """Return a number with as few digits as read back to it."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
+
+
 def shown(value: object) -> str:
     """Return the beginning of something that was given, as an error may quote it."""
     if isinstance(value, int) and value.bit_length() > _DIGITS:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from holdfast.engine.errors import InvalidRequest
 from holdfast.engine.requests.hires import Hires
+from holdfast.engine.requests.kinds import alone
 from holdfast.engine.requests.values import locate
 from holdfast.engine.results.saving import FORMATS, QUALITY, Telling, encode, format_of, write_files
 
@@ -82,10 +83,7 @@ class Result:
 
     def request_of(self, index: int) -> Request:
         """Return the request that makes image `index` of the batch again, alone, to the bit."""
-        alone: dict[str, Any] = {"seed": self.seeds[index], "batch": 1}
-        if isinstance(self.request, Hires) and self.request.first_pass is not None:
-            alone["first_pass"] = (self.request.first_pass[index],)
-        return self.request.but(**alone)
+        return alone(self.request, self.seeds, index)
 
     def png(self, index: int = 0, *, metadata: Metadata = "public") -> bytes:
         """

@@ -8,7 +8,6 @@ import json
 import os
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,12 +15,13 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from holdfast.engine.errors import InvalidRequest
-from holdfast.engine.requests.kinds import kind_of
-from holdfast.engine.requests.pictures import picture_digest, read_picture
-from holdfast.engine.requests.values import JSON, Value, locate, read_as
+from holdfast.engine.requests.infotext import request_from_fields
+from holdfast.engine.requests.told import public
+from holdfast.engine.requests.values import locate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from holdfast.engine.requests.kinds import Request
 
@@ -88,7 +88,7 @@ class Telling:
     def private(self, metadata: Metadata) -> str:
         """Return what Holdfast writes for itself, as JSON."""
         request = self.request
-        fields = request.model_dump(mode="json") if metadata == "full" else _public(request)
+        fields = request.model_dump(mode="json") if metadata == "full" else public(request)
         return json.dumps({"request": fields, "seed": request.seed, **self.provenance})
 
 
@@ -215,40 +215,7 @@ def request_from_image(file: str | Path, **given: Any) -> Request:
     if told is None or not isinstance(told["request"], dict):
         msg = f"{file} does not tell how it was made: it is not Holdfast's, or has no metadata."
         raise InvalidRequest(msg)
-    fields: dict[str, Any] = dict(told["request"])
-    for name, kept in fields.items():
-        if isinstance(kept, dict) and "digest" in kept:
-            _match(name, kept, given)
-    with read_as(JSON):
-        return kind_of(fields)(**{**fields, **given})
-
-
-def _match(name: str, kept: Mapping[str, Any], given: dict[str, Any]) -> None:
-    """Hold a picture that was given against the digest of the one that a request began with."""
-    what = f"a picture of {kept.get('width')}x{kept.get('height')}"
-    if name not in given:
-        msg = f"The image began with {what}, which is not in the file: give it as {name}=."
-        raise InvalidRequest(msg)
-    try:
-        given[name] = read_picture(given[name])
-    except ValueError as error:
-        msg = f"The {name} that was given cannot be read: {error}."
-        raise InvalidRequest(msg) from error
-    if picture_digest(given[name]) != kept["digest"]:
-        msg = f"The image began with {what}, but the {name} that was given is another picture."
-        raise InvalidRequest(msg)
-
-
-def _public(value: Any) -> Any:
-    """Return a request as JSON without its pictures, and with paths as names."""
-    if isinstance(value, Value):
-        return {name: _public(getattr(value, name)) for name in type(value).model_fields}
-    if isinstance(value, Image.Image):
-        width, height = value.size
-        return {"digest": picture_digest(value), "width": width, "height": height}
-    if isinstance(value, tuple):
-        return [_public(each) for each in value]
-    return value.name if isinstance(value, Path) else value
+    return request_from_fields(told["request"], given)
 
 
 def _chunks(infotext: str, private: str) -> PngInfo:
