@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from holdfast.engine.requests.lora import Lora
     from holdfast.engine.requests.txt2img import Txt2Img
     from holdfast.engine.requests.untrusted import Bounds, request_from_untrusted_json
+    from holdfast.engine.results.recipes import Recipe, recipe_from_image
     from holdfast.engine.results.result import Degradation, Result
     from holdfast.engine.results.saving import request_from_image
     from holdfast.engine.subscribers import (
@@ -87,12 +88,14 @@ __all__ = [
     "Progress",
     "Progressed",
     "QueueFull",
+    "Recipe",
     "Request",
     "Result",
     "Snapshot",
     "State",
     "Transition",
     "Txt2Img",
+    "recipe_from_image",
     "request_from_image",
     "request_from_infotext",
     "request_from_json",
@@ -120,6 +123,7 @@ _HOMES = {
     "holdfast.engine.requests.lora": ("Lora",),
     "holdfast.engine.requests.txt2img": ("Txt2Img",),
     "holdfast.engine.requests.untrusted": ("Bounds", "request_from_untrusted_json"),
+    "holdfast.engine.results.recipes": ("Recipe", "recipe_from_image"),
     "holdfast.engine.results.result": ("Degradation", "Result"),
     "holdfast.engine.results.saving": ("request_from_image",),
     "holdfast.engine.subscribers": (

@@ -19,8 +19,8 @@ from holdfast.engine import Engine
 from holdfast.engine.cli.bar import wait
 from holdfast.engine.cli.help import Sections
 from holdfast.engine.cli.log import app as log_app
-from holdfast.engine.cli.options import read_config, read_request, with_fields
-from holdfast.engine.cli.orders import read_orders
+from holdfast.engine.cli.options import read_changes, read_config, read_request, with_fields
+from holdfast.engine.cli.orders import Order, read_orders, with_loras
 from holdfast.engine.cli.outputs import Leaving
 from holdfast.engine.cli.showcase import make_showcase
 from holdfast.engine.cli.words import in_options, of_usage
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from holdfast.engine.cli.doctor import Report
-    from holdfast.engine.cli.orders import Order
     from holdfast.engine.compiling.plan import Plan
 
 FAILURE, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -168,6 +167,40 @@ def _draw(engine: Engine, order: Order, leaving: Leaving) -> bool:
     for each in result.degradations:
         _complain(f"{each.kind}: {each.asked} was asked for, {each.given} is given")
     return True
+
+
+@app.command(cls=Sections)
+@with_fields
+def again(
+    picture: Annotated[str, typer.Argument(help="A PNG, JPEG, WEBP or AVIF of any program.")],
+    *,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="FILE", help="As for generate.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    json: AsJson = False,
+    debug: Debug = False,
+    **given: Any,
+) -> None:
+    """
+    Make an image again from what its file tells, or another with some options changed.
+
+    Holdfast's own come out the same. Of other programs' what cannot be had is told.
+    """
+    from holdfast.engine.results.recipes import recipe_from_image
+
+    with _told(debug=debug):
+        config = read_config(given)
+        recipe = recipe_from_image(picture, **read_changes(given))
+        request = with_loras(recipe.request, config.lora_dir)
+        for each in recipe.lost:
+            _complain(f"{recipe.program}'s {each}")
+        leaving = Leaving(output, None, force=force, metadata="public", as_json=json)
+        leaving.check([request])
+        with Engine(config) as engine:
+            if recipe.fingerprint not in {"", engine.model_facts().fingerprint}:
+                _complain("the image was made with another model; name it with --model")
+            _draw(engine, Order(request), leaving)
 
 
 @app.command(cls=Sections)

@@ -225,6 +225,11 @@ def read_request(prompt: str, given: Mapping[str, Any], *, hires: bool) -> Reque
     return kind(prompt=prompt, **dict(_values(fields)))
 
 
+def read_changes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of requests that the options name, for a request that is there already."""
+    return dict(_values({name: value for name, value in given.items() if _kinds_with(name)}))
+
+
 def read_config(given: Mapping[str, Any]) -> EngineConfig:
     """
     Make the settings that the options ask for.

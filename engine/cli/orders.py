@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.engine.cli.options import REQUESTS, read_request
 from holdfast.engine.errors import InvalidRequest
+from holdfast.engine.requests.lora import Lora
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -112,3 +113,20 @@ def _table(
         fields = {name: cell for name, cell in zip(header, cells, strict=False) if cell.strip()}
         if fields:
             yield place, fields
+
+
+def with_loras(request: Request, folder: Path | None) -> Request:
+    """Return a request whose LoRAs, of which a picture has the names alone, are in a folder."""
+    changes: dict[str, Any] = {
+        name: tuple(_in_folder(each, folder) for each in loras)
+        for name in ("lora", "hires_lora")
+        if (loras := getattr(request, name, None))
+    }
+    return request.but(**changes) if changes else request
+
+
+def _in_folder(lora: Lora, folder: Path | None) -> Lora:
+    if lora.path.is_file() or folder is None:
+        return lora
+    found = next(iter(sorted(folder.glob(f"**/{lora.path.name}"))), lora.path)
+    return Lora(found, lora.weight, lora.blocks)

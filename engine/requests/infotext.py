@@ -9,6 +9,8 @@ from pathlib import PurePath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import ValidationError
+
 from holdfast.engine.errors import InvalidRequest
 from holdfast.engine.requests.kinds import KINDS, kind_of
 from holdfast.engine.requests.pictures import read_mask, read_picture, several
@@ -20,7 +22,7 @@ from holdfast.engine.requests.upscalers import check_upscaler
 from holdfast.engine.requests.values import JSON, read_as
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from holdfast.engine.requests.kinds import Request
 
@@ -33,12 +35,8 @@ _FEWEST = 3
 
 _NEGATIVE = "Negative prompt:"
 _LORA = re.compile(r"(?P<name>.+)@(?P<weight>[^@\[]+)(?:\[(?P<blocks>.*)\])?", re.DOTALL)
-_UNCERTAIN = (
-    "eta", "schedule", "variation_seed", "variation_strength", "seed_resize", "clip_skip", "width",
-    "height", "hires_width", "hires_height", "scale", "hires_steps", "hires_guidance", "strength",
-    "guidance_rescale", "guidance", "steps", "seed", "mask_blur", "padding", "outpaint",
-)  # fmt: skip
-"""Fields that other programs fill with what is refused here, the least important first."""
+_TOGETHER = ("eta", "schedule", "variation_seed", "variation_strength", "seed")
+"""Fields that are refused beside others, by an error that names them."""
 
 _RULED_OUT = {"Schedule type": "Automatic", "Hires sampler": "Use same sampler"}
 _BESIDE = frozenset({
@@ -65,8 +63,16 @@ class Lost:
     value: str
 
     def __str__(self) -> str:
-        """Name and value, with the kind."""
-        return f"{self.name}: {self.value} ({self.kind})"
+        """Name and value, and why they are lost."""
+        return f"{self.name}: {self.value} ({_WHY[self.kind]})"
+
+
+_WHY = {
+    "model": "it is the engine's to have",
+    "noise": "the same seed gives other noise here",
+    "value": "not to be had here in this form",
+    "unknown": "not understood",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +176,24 @@ def nearest_request(
         InvalidRequest: A picture is needed and is not given, or what was given is wrong.
     """
     kept, missing = dict(fields), list(lost)
-    for name in _UNCERTAIN:
+    while True:
         try:
             return request_from_fields(kept, given), tuple(missing)
-        except InvalidRequest:
-            if name not in kept or name in given:
-                continue
-            missing.append(Lost("value", name, str(kept.pop(name))))
-    return request_from_fields(kept, given), tuple(missing)
+        except InvalidRequest as error:
+            refused = [name for name in _blamed(error) if name in kept and name not in given]
+            if not refused:
+                raise
+            missing += [Lost("value", name, str(kept.pop(name))) for name in refused]
+
+
+def _blamed(error: InvalidRequest) -> Iterable[str]:
+    """Return the fields that are at fault; where several are together, one that may be left out."""
+    cause = error.__cause__
+    if not isinstance(cause, ValidationError):
+        return ()
+    places = [str(each["loc"][0]) for each in cause.errors() if each["loc"]]
+    said = " ".join(each["msg"] for each in cause.errors())
+    return places or [name for name in _TOGETHER if re.search(rf"\b{name}\b", said)]
 
 
 def request_from_fields(fields: Mapping[str, Any], given: Mapping[str, Any]) -> Request:

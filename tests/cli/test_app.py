@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import typer
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import holdfast.engine
 from holdfast.engine import (
@@ -364,6 +365,52 @@ def test_an_image_that_cannot_be_saved_is_kept(
     assert code == 2
     kept = Path(err.strip().rpartition("It is at ")[2].removesuffix("."))
     assert size_of(kept) == (64, 64)
+
+
+def test_an_image_is_made_again_from_its_file(
+    holdfast_command: Callable[..., Ran], ink: Path
+) -> None:
+    """
+    Pixel for pixel, LoRAs found by name; or another, with options changed. What came from another
+    model or another program is told.
+    """
+    drawn = ("--width", "64", "--height", "64", "--steps", "2", "--seed", "5")
+    lora = ("--lora", f"{ink}:0.8")
+    assert holdfast_command("generate", "a (red:1.2) dot", *drawn, *lora, "-o", "a.png")[0] == 0
+    folder = ("--lora-dir", str(ink.parent))
+    assert holdfast_command("again", "a.png", *folder, "-o", "b.png") == (
+        0, "b.png: 64x64, seed 5\n", ""
+    )  # fmt: skip
+    assert holdfast_command("again", "a.png", *folder, "--seed", "6", "-o", "c.png")[0] == 0
+    first, same, other = (Image.open(f"{name}.png") for name in "abc")
+    assert first.tobytes() == same.tobytes() != other.tobytes()
+    assert read_private(first) == read_private(same)
+
+    told = PngInfo()
+    told.add_text("parameters", A1111)
+    Image.new("RGB", (64, 64)).save("d.png", pnginfo=told)
+    code, said, errors = holdfast_command("again", "d.png", "-o", "e.png")
+    assert (code, said) == (0, "e.png: 64x64, seed 7\n")
+    assert errors.splitlines() == [
+        "holdfast: A1111's Model: v1-5 (it is the engine's to have)",
+        "holdfast: A1111's RNG: GPU (the same seed gives other noise here)",
+    ]
+    assert Image.open("e.png").text["parameters"].startswith(A1111.partition(", Model")[0])
+
+    elsewhere = Image.open("a.png").text["holdfast"].replace('fingerprint": "', 'fingerprint": "0')
+    told = PngInfo()
+    told.add_text("holdfast", elsewhere)
+    first.save("f.png", pnginfo=told)
+    code, _, errors = holdfast_command("again", "f.png", *folder, "-o", "g.png")
+    assert (code, errors) == (
+        0, "holdfast: the image was made with another model; name it with --model\n"
+    )  # fmt: skip
+
+
+A1111 = (
+    "a dot\nNegative prompt: blurry\nSteps: 2, Sampler: Euler a, CFG scale: 6.5, Seed: 7, "
+    "Size: 64x64, Model: v1-5"
+)
 
 
 def test_an_image_to_standard_output(
