@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+import httpx
+import openai
+import pytest
+
+from holdfast.engine import Engine
+from holdfast.engine.server import Access, Studio, application
+
+from .conftest import PATIENCE, running
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+ACCESS = Access(users={"ann": "paß:word"}, keys=("key-1",))
+PAGE = "https://page.example"
+DOORS = ("/sdapi/v1/options", "/v1/models", "/v3/models", "/internal/ping")
+
+
+@pytest.fixture(scope="module")
+def narrow(tiny_ir: Path, tiny_cache: Path) -> Iterator[Studio]:
+    """A studio in whose queue one job may wait."""
+    with Engine(tiny_ir, cache_dir=tiny_cache, queue_limit=1) as engine:
+        studio = Studio(engine)
+        yield studio
+        studio.close()
+
+
+@pytest.fixture(scope="module")
+def guarded(narrow: Studio) -> Iterator[str]:
+    """The address of a server that asks for credentials."""
+    with running(application(narrow, ACCESS, origins=[PAGE])) as address:
+        yield address
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_credentials_open_every_door(guarded: str, door: str) -> None:
+    """A user or a key opens it; neither, a wrong one or half of one does not."""
+    right = (httpx.BasicAuth("ann", "paß:word"), None)
+    assert httpx.get(f"{guarded}{door}", auth=right[0], timeout=PATIENCE).status_code == 200
+    key = {"authorization": "Bearer key-1"}
+    assert httpx.get(f"{guarded}{door}", headers=key).status_code == 200
+    for wrong in ("", "Basic", "Basic Og==", "Basic !!", "Bearer", "Bearer key-", "Digest x"):
+        answer = httpx.get(f"{guarded}{door}", headers={"authorization": wrong})
+        assert answer.status_code == 401, wrong
+        assert "www-authenticate" in answer.headers
+
+
+def test_an_open_door_minds_no_credentials(address: str) -> None:
+    """Chats send empty credentials always; without any configured they are ignored."""
+    for sent in ("Basic Og==", "Basic", "Bearer x"):
+        answer = httpx.get(
+            f"{address}/sdapi/v1/options", headers={"authorization": sent}, timeout=PATIENCE
+        )
+        assert answer.status_code == 200
+
+
+def test_other_names_and_other_pages_stay_outside(guarded: str) -> None:
+    """A name that points here is refused; of pages, those that were named alone may read."""
+    assert httpx.get(f"{guarded}/v1/models", headers={"host": "evil.example"}).status_code == 400
+    asks = {"access-control-request-method": "POST", "origin": PAGE}
+    allowed = httpx.options(f"{guarded}/sdapi/v1/txt2img", headers=asks)
+    assert allowed.headers["access-control-allow-origin"] == PAGE
+    other = httpx.options(f"{guarded}/sdapi/v1/txt2img", headers=asks | {"origin": "https://x.y"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_body_has_a_length_and_a_limit(guarded: str) -> None:
+    """What says no length, or one that is too much, is refused before it is read."""
+    key = {"authorization": "Bearer key-1"}
+    chunks = httpx.post(f"{guarded}/sdapi/v1/txt2img", headers=key, content=iter([b"{}"]))
+    assert chunks.status_code == 411
+    host, port = guarded.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\n"
+        head += f"Authorization: Bearer key-1\r\nContent-Length: {10**9}\r\n\r\n"
+        connection.sendall(head.encode())
+        assert b" 413 " in connection.recv(4096)
+
+
+def test_a_full_queue_asks_to_come_again(guarded: str, narrow: Studio) -> None:
+    """It is a 429 with a time; OpenAI's client comes again by itself, and gets its image."""
+    key = {"authorization": "Bearer key-1"}
+    body = {"prompt": "x", "steps": 300, "width": 64, "height": 64}
+    path = f"{guarded}/sdapi/v1/txt2img"
+
+    def ask() -> int:
+        return httpx.post(path, json=body, headers=key, timeout=PATIENCE).status_code
+
+    codes: list[int] = []
+    askers = [threading.Thread(target=lambda: codes.append(ask())) for _ in range(2)]
+    for each in askers:
+        before = len(narrow.jobs())
+        each.start()
+        while len(narrow.jobs()) == before or narrow.jobs()[0].position is not None:
+            pass
+    refused = httpx.post(path, json=body, headers=key, timeout=PATIENCE)
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
+    for each in narrow.jobs():
+        each.cancel()
+    with openai.OpenAI(base_url=f"{guarded}/v1", api_key="key-1", timeout=PATIENCE) as client:
+        made = client.images.generate(prompt="x", extra_body={"num_inference_steps": 1})
+    assert made.data
+    for each in askers:
+        each.join()
+    assert codes == [200, 200]

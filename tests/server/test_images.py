@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import base64
+import io
+from typing import TYPE_CHECKING, Any
+
+import openai
+import pytest
+from PIL import Image
+
+from holdfast.engine import Txt2Img
+
+from .conftest import PATIENCE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from holdfast.engine import Engine
+
+PROMPT = "a large red circle on a blue background"
+FEW = {"num_inference_steps": 2, "rng_seed": 7}
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[openai.OpenAI]:
+    """What programs use: ``openai``."""
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=PATIENCE) as client:
+        yield client
+
+
+def picture(text: str | None) -> Image.Image:
+    with Image.open(io.BytesIO(base64.b64decode(text or ""))) as image:
+        image.load()
+        return image
+
+
+def file(image: Image.Image) -> tuple[str, bytes, str]:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "image.png", buffer.getvalue(), "image/png"
+
+
+def test_a_generation_is_the_engines_own_image(client: Any, engine: Engine) -> None:
+    """Each image of `n` is, to the bit, what the engine makes of the same wish."""
+    made = client.images.generate(prompt=PROMPT, n=2, size="64x64", extra_body=FEW)
+    own = engine.run(Txt2Img(prompt=PROMPT, width=64, height=64, steps=2, seed=7, batch=2))
+    images = [picture(each.b64_json).tobytes() for each in made.data]
+    assert images == [each.tobytes() for each in own.images]
+    assert (made.size, made.usage.total_tokens) == ("64x64", 0)
+    assert client.models.list().data[0].id == engine.model_facts().name
+
+
+@pytest.mark.parametrize(("form", "name"), [("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_a_chat_sends_what_it_always_sends(client: Any, form: str, name: str) -> None:
+    """A model of OpenAI's, a quality, a background and a size of ``auto`` get an image."""
+    made = client.images.generate(
+        prompt=PROMPT, model="gpt-image-1", size="auto", quality="high", background="opaque",
+        moderation="auto", output_format=form, output_compression=80, user="somebody",
+        extra_body=FEW,
+    )  # fmt: skip
+    assert picture(made.data[0].b64_json).format == name
+
+
+def test_an_upload_is_edited_at_the_nearest_size(client: Any) -> None:
+    """An upload of any size is brought to what the model can make, as one part or a list."""
+    upload = Image.new("RGB", (70, 61), "red")
+    for image in (file(upload), [file(upload)]):
+        made = client.images.edit(image=image, prompt=PROMPT, extra_body=FEW)
+        assert picture(made.data[0].b64_json).size == (64, 64)
+
+
+def test_what_is_transparent_in_the_mask_is_edited(client: Any) -> None:
+    """The rest stays to the bit, but for where the edge is softened."""
+    image = Image.new("RGB", (64, 64), "red")
+    mask = Image.new("RGBA", (64, 64), "black")
+    mask.paste((0, 0, 0, 0), (0, 0, 16, 64))
+    made = client.images.edit(image=file(image), mask=file(mask), prompt=PROMPT, extra_body=FEW)
+    edited = picture(made.data[0].b64_json)
+    kept = (48, 0, 64, 64)
+    assert edited.crop(kept).tobytes() == image.crop(kept).tobytes()
+    assert edited.tobytes() != image.tobytes()
+    with pytest.raises(openai.BadRequestError, match="transparent"):
+        client.images.edit(image=file(image), mask=file(image), prompt=PROMPT)
+
+
+def test_a_stream_ends_with_the_image(client: Any) -> None:
+    """Partial images come in order, and the last event has the whole one."""
+    steps = {"num_inference_steps": 60, "rng_seed": 7}
+    with client.images.generate(
+        prompt=PROMPT, size="64x64", stream=True, partial_images=2, extra_body=steps
+    ) as stream:
+        events = list(stream)
+    *partial, last = events
+    assert [each.partial_image_index for each in partial] == list(range(len(partial)))
+    assert last.type == "image_generation.completed"
+    assert picture(last.b64_json).size == (64, 64)
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[openai.APIStatusError], str | None]] = {
+    "model": ({"model": "dream"}, openai.NotFoundError, "model"),
+    "size": ({"size": "big"}, openai.BadRequestError, "size"),
+    "number": ({"n": 11}, openai.BadRequestError, "n"),
+    "address": ({"response_format": "url"}, openai.BadRequestError, "response_format"),
+    "format": ({"output_format": "gif"}, openai.BadRequestError, "output_format"),
+    "background": ({"background": "transparent"}, openai.BadRequestError, "background"),
+    "stream": ({"stream": True, "size": "9x"}, openai.BadRequestError, "size"),
+    "work": ({"size": "4096x4096"}, openai.BadRequestError, None),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_field_is_named(client: Any, case: str) -> None:
+    """The client raises what it raises of OpenAI, with the field, and does not try again."""
+    fields, kind, param = WRONG[case]
+    with pytest.raises(kind) as raised:
+        client.images.generate(prompt=PROMPT, **fields)
+    assert raised.value.body["param"] == param
+    assert raised.value.body["type"] == "invalid_request_error"
