@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import TYPE_CHECKING, Annotated, Any
+import socket
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from holdfast.engine.server import Access
 
+Interrupts = Literal["all", "own"]
 _EXTRA = ("fastapi", "multipart", "python_multipart", "uvicorn")
 
 
@@ -44,6 +46,14 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="A web page that may use it; several; * for all."),
     ] = None,
+    interrupts: Annotated[
+        Interrupts,
+        typer.Option(
+            metavar="NAME",
+            help="Whose jobs A1111's interrupt stops: all, the caller's own first; or own alone, "
+            "known by address and credentials.",
+        ),
+    ] = "all",
     queue_limit: Annotated[
         int, typer.Option(metavar="N", help="Jobs that may wait; more are sent away: 429.", min=1)
     ] = 16,
@@ -67,11 +77,38 @@ def serve(
             _warn(host, access)
         # Clients send what chats write: what cannot be done as asked is told in the answer.
         config = read_config({**given, "strict": False}).but(queue_limit=queue_limit)
-        with Engine(config) as engine:
+        with Engine(config) as engine, _listening(host, port) as listening:
             engine.model_facts()
-            studio = Studio(engine)
+            studio = Studio(engine, interrupts=interrupts)
             app = application(studio, access, origins=cors or (), local=local)
-            uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+            complain(
+                f"serving {studio.engine.config.model} on {_address(listening)}; Ctrl-C ends it"
+            )
+            settings = uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=5,
+            )
+            uvicorn.Server(settings).run(sockets=[listening])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Return a socket that takes connections, before the model is loaded for anybody."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        msg = (
+            f"{host} cannot be listened on at port {port} ({error.strerror}): give another --port."
+        )
+        raise InvalidRequest(msg) from error
+
+
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _users(given: Sequence[str]) -> dict[str, str]:

@@ -6,10 +6,18 @@ import base64
 import binascii
 import secrets
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from fastapi import HTTPException, Request
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
 
 from holdfast.engine.requests.values import Value
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 LARGEST_BODY = 64 * 1024**2
 """Bytes of a request's body."""
@@ -61,6 +69,31 @@ class Access(Value):
             raise HTTPException(411, "Say the length of the body: Content-Length.")
         if int(length) > LARGEST_BODY:
             raise HTTPException(413, f"The body may have {LARGEST_BODY} bytes.")
+
+
+class OtherPages:
+    """
+    Refuses what web pages send that were not named: a form needs no leave of CORS.
+
+    Args:
+        app: What answers all else.
+        allowed: Origins of pages; ``"*"`` for all. A page of the server's own address may always.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        self._app = app
+        self._allowed = frozenset(allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or refuse it."""
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        origin = headers.get("origin")
+        own = origin is None or origin.partition("://")[2] == headers.get("host")
+        if own or not self._allowed.isdisjoint({origin, "*"}):
+            await self._app(scope, receive, send)
+            return
+        words = "This page was not given leave to use the server: see --cors."
+        await JSONResponse({"detail": words}, 403)(scope, receive, send)
 
 
 def _is_one_of(given: str, known: tuple[str, ...] | list[str]) -> bool:

@@ -9,7 +9,9 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from holdfast.engine.server.access import OtherPages
 from holdfast.engine.server.images import openai
+from holdfast.engine.server.visits import AccessLog
 from holdfast.engine.server.webui import sdapi
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from holdfast.engine.server.access import Access
     from holdfast.engine.server.studio import Studio
 
-_HERE = ("127.0.0.1", "localhost")
+_HERE = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
 def application(
@@ -49,6 +51,7 @@ def application(
     app.include_router(sdapi(studio, access))
     for prefix in ("/v1", "/v3"):
         app.include_router(openai(studio, access, prefix))
+    app.add_middleware(OtherPages, allowed=origins)
     if origins:
         app.add_middleware(
             CORSMiddleware,
@@ -58,4 +61,5 @@ def application(
         )
     if local:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(_HERE))
+    app.add_middleware(AccessLog, engine=studio.engine)
     return app

@@ -6,50 +6,46 @@ import asyncio
 import base64
 import json
 import time
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fastapi import APIRouter, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
 from holdfast.engine.errors import HoldfastError
 from holdfast.engine.requests.pictures import read_picture
-from holdfast.engine.requests.values import Reading, read_as
+from holdfast.engine.requests.values import read_as
 from holdfast.engine.server.access import LARGEST_BODY, Access
-from holdfast.engine.server.answers import RETRY_SECONDS, status_of, words_of
-from holdfast.engine.server.studio import client_of, png
+from holdfast.engine.server.answers import OURS, RefusedError, refusal_of
+from holdfast.engine.server.studio import BY_VALUE, png
+from holdfast.engine.server.visits import note_refusal
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+
+    from starlette.types import Receive, Scope, Send
 
     from holdfast.engine.jobs.job import Job
     from holdfast.engine.models.facts import ModelFacts
-    from holdfast.engine.results.result import Result
-    from holdfast.engine.server.studio import Order, Studio
+    from holdfast.engine.results.result import Degradation, Result
+    from holdfast.engine.server.answers import Refusal
+    from holdfast.engine.server.studio import Studio
 
 _STEPS = {"low": 10, "medium": 20, "high": 30}
 _DEFAULTS = ("gpt-image-", "dall-e-", "chatgpt-image-")
 """Beginnings of the names of models that clients send where none was chosen."""
-_BY_VALUE = Reading(files=False, formats=("PNG", "JPEG", "WEBP"), pixels=4096 * 4096)
+_NAMES: Mapping[str, str] = MappingProxyType({
+    "batch": "n", "steps": "num_inference_steps", "guidance": "guidance_scale",
+    "seed": "rng_seed", "width": "size", "height": "size",
+})  # fmt: skip
+"""OpenAI's and OVMS's names of the fields that a request has here."""
+
+_TYPES = {429: "rate_limit_error"}
+_CODES = {401: "invalid_api_key", 404: "model_not_found"}
 _LOOK_SECONDS = 0.05
-
-
-class _WrongError(HoldfastError):
-    """
-    A field cannot be served as sent.
-
-    Attributes:
-        param: Its name.
-        code: As OpenAI names what is wrong.
-    """
-
-    def __init__(self, message: str, param: str, code: str = "invalid_value") -> None:
-        super().__init__(message)
-        self.param = param
-        self.code = code
 
 
 class _Asked(BaseModel):
@@ -73,6 +69,7 @@ class _Asked(BaseModel):
     guidance_scale: float | None = None
     rng_seed: int | None = None
     strength: float | None = None
+    speed: str | None = None
 
 
 class _Route(APIRoute):
@@ -88,19 +85,8 @@ class _Route(APIRoute):
             try:
                 self.access.check(request)  # FastAPI reads the body before it asks dependencies
                 return await handle(request)
-            except (RequestValidationError, ValidationError) as error:
-                first = error.errors()[0]
-                place = [str(each) for each in first["loc"] if each != "body"]
-                return _refusal(400, str(first["msg"]), ".".join(place) or None, "invalid_value")
-            except HTTPException as error:
-                code = "invalid_api_key" if error.status_code == 401 else None  # noqa: PLR2004
-                return _refusal(error.status_code, str(error.detail), None, code)
-            except _WrongError as error:
-                status = 404 if error.code == "model_not_found" else 400
-                return _refusal(status, str(error), error.param, error.code)
-            except HoldfastError as error:
-                status = status_of(error)
-                return _refusal(400 if status == 422 else status, words_of(error), None, None)  # noqa: PLR2004
+            except Exception as error:  # noqa: BLE001 - whatever it is, its text stays here
+                return _refused(request, error)
 
         return answer
 
@@ -123,9 +109,13 @@ def openai(studio: Studio, access: Access | None = None, prefix: str = "/v1") ->
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(await studio.facts())]}
+
+    @router.get("/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
         facts = await studio.facts()
-        told = {"id": facts.name, "object": "model", "created": 0, "owned_by": "holdfast"}
-        return {"object": "list", "data": [told]}
+        _check_name(name, facts)
+        return _model(facts)
 
     @router.post("/images/generations", response_model=None)
     async def generations(asked: _Asked, http: Request) -> Response:
@@ -147,7 +137,7 @@ def openai(studio: Studio, access: Access | None = None, prefix: str = "/v1") ->
             )
         if len(pictures) != 1:
             msg = f"One image is edited at a time; {len(pictures)} were sent."
-            raise _WrongError(msg, "image")
+            raise RefusedError(msg, "image")
         fields = await asyncio.to_thread(_edit, pictures[0], masked)
         if asked.strength is not None:
             fields["strength"] = asked.strength
@@ -162,10 +152,9 @@ async def _made(
     facts = await studio.facts()
     order = await studio.order(fields | _common(asked, facts))
     if asked.stream:
-        job = studio.submit(order.request, client_of(http))  # before the answer has begun
-        events = _events(studio, job, asked, kind)
-        return StreamingResponse(events, media_type="text/event-stream")
-    result = await studio.make(order.request, http)
+        job = studio.submit(order, http)  # before the answer has begun
+        return _Stream(job, _events(studio, job, asked, kind), _told(order.told))
+    result = await studio.make(order, http)
     images = await asyncio.to_thread(_encoded, result, asked)
     return JSONResponse(
         {
@@ -174,25 +163,56 @@ async def _made(
             **_about(result, asked),
             "usage": _usage(),
         },
-        headers=_told(order),
+        headers=_told((*order.told, *result.degradations)),
     )
+
+
+class _Stream(StreamingResponse):
+    """
+    The events of one job, which ends with the client's interest in it.
+
+    Args:
+        job: Its events.
+        events: Of it.
+        headers: Of the answer.
+    """
+
+    def __init__(
+        self, job: Job[Result], events: AsyncIterator[bytes], headers: dict[str, str]
+    ) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them, if the client is still there when the first one comes."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancel()
+
+
+def _model(facts: ModelFacts) -> dict[str, Any]:
+    return {"id": facts.name, "object": "model", "created": 0, "owned_by": "holdfast"}
+
+
+def _check_name(name: str, facts: ModelFacts) -> None:
+    if name and name != facts.name and not name.startswith(_DEFAULTS):
+        msg = f"The model {name[:120]!r} does not exist here; there is {facts.name!r}."
+        raise RefusedError(msg, "model", 404)
 
 
 def _common(asked: _Asked, facts: ModelFacts) -> dict[str, Any]:
     """Return the fields that all requests have, checked."""
-    name = asked.model or ""
-    if name and name != facts.name and not name.startswith(_DEFAULTS):
-        msg = f"The model {name[:120]!r} does not exist here; there is {facts.name!r}."
-        raise _WrongError(msg, "model", "model_not_found")
+    _check_name(asked.model or "", facts)
     if (asked.response_format or "b64_json") != "b64_json":
         msg = "Images are sent as b64_json alone."
-        raise _WrongError(msg, "response_format")
+        raise RefusedError(msg, "response_format")
     if (asked.output_format or "png") not in {"png", "jpeg", "webp"}:
         msg = "output_format is png, jpeg or webp."
-        raise _WrongError(msg, "output_format")
+        raise RefusedError(msg, "output_format")
     if asked.background == "transparent":
         msg = "Images have no transparent background here."
-        raise _WrongError(msg, "background")
+        raise RefusedError(msg, "background")
     width, height = _size(asked.size)
     seed = asked.rng_seed
     given = {
@@ -202,6 +222,7 @@ def _common(asked: _Asked, facts: ModelFacts) -> dict[str, Any]:
         "steps": asked.num_inference_steps or _STEPS.get(asked.quality or ""),
         "guidance": asked.guidance_scale,
         "seed": None if seed is None or seed < 0 else seed,
+        "speed": asked.speed or None,
         "width": width,
         "height": height,
     }
@@ -214,7 +235,7 @@ def _size(asked: str | None) -> tuple[int | None, int | None]:
     width, times, height = asked.partition("x")
     if not (times and width.isdecimal() and height.isdecimal() and len(asked) < 16):  # noqa: PLR2004 - no such picture
         msg = "size is 'auto', or width and height such as '1024x1024'."
-        raise _WrongError(msg, "size")
+        raise RefusedError(msg, "size")
     return int(width), int(height)
 
 
@@ -224,14 +245,14 @@ def _edit(picture: bytes, mask: bytes | None) -> dict[str, Any]:
     if mask is None:
         return {"kind": "img2img", "image": image}
     try:
-        with read_as(_BY_VALUE):
+        with read_as(BY_VALUE):
             read = read_picture(_data_url(mask))
     except ValueError as error:
         msg = "The mask cannot be read: send a PNG that is transparent where to edit."
-        raise _WrongError(msg, "mask") from error
+        raise RefusedError(msg, "mask") from error
     if read.mode != "RGBA":
         msg = "The mask has no transparent part: that is what is edited."
-        raise _WrongError(msg, "mask")
+        raise RefusedError(msg, "mask")
     selected = read.getchannel("A").point(lambda alpha: 255 - alpha)
     return {"kind": "inpaint", "image": image, "mask": _data_url(png(selected))}
 
@@ -243,29 +264,25 @@ def _data_url(content: bytes) -> str:
 async def _events(
     studio: Studio, job: Job[Result], asked: _Asked, kind: str
 ) -> AsyncIterator[bytes]:
-    """Yield the events of one job; a client that leaves stops it."""
+    """Yield the events of one job."""
     wanted = asked.partial_images or 0
     sent = 0
+    while not job.done():
+        preview = studio.preview(job)
+        if sent < wanted and preview and job.progress.fraction > sent / (wanted + 1):
+            drawn = await asyncio.to_thread(lambda shown: png(shown.image), preview)
+            yield _event(f"{kind}.partial_image", partial_image_index=sent,
+                         b64_json=base64.b64encode(drawn).decode(), **_form(asked))  # fmt: skip
+            sent += 1
+        await asyncio.sleep(_LOOK_SECONDS)
     try:
-        while not job.done():
-            preview = studio.preview(job)
-            if sent < wanted and preview and job.progress.fraction > sent / (wanted + 1):
-                drawn = await asyncio.to_thread(lambda shown: png(shown.image), preview)
-                yield _event(f"{kind}.partial_image", partial_image_index=sent,
-                             b64_json=base64.b64encode(drawn).decode(), **_form(asked))  # fmt: skip
-                sent += 1
-            await asyncio.sleep(_LOOK_SECONDS)
-        try:
-            result = await job
-        except HoldfastError as error:
-            told = {"message": words_of(error), "type": "server_error", "param": None, "code": None}
-            yield _event("error", error=told)
-            return
-        for image in await asyncio.to_thread(_encoded, result, asked):
-            about = _about(result, asked)
-            yield _event(f"{kind}.completed", b64_json=image, **about, usage=_usage())
-    finally:
-        job.cancel()
+        result = await job
+    except HoldfastError as error:
+        told = refusal_of(error, _NAMES)
+        yield _event("error", error=_error(told))
+        return
+    for image in await asyncio.to_thread(_encoded, result, asked):
+        yield _event(f"{kind}.completed", b64_json=image, **_about(result, asked), usage=_usage())
 
 
 def _event(kind: str, **facts: Any) -> bytes:
@@ -309,21 +326,29 @@ def _usage() -> dict[str, Any]:
             "total_tokens": 0}  # fmt: skip
 
 
-def _told(order: Order) -> dict[str, str]:
+def _told(otherwise: Sequence[Degradation]) -> dict[str, str]:
     """Return what is done otherwise than asked as headers: the answer has no place for it."""
-    words = "; ".join(f"{what}: {how}" for what, how in order.told.items())
-    return {"X-Holdfast-Otherwise": words} if words else {}
+    words = "; ".join(f"{each.kind}: {each.asked} -> {each.given}" for each in otherwise)
+    plain = " ".join(words.split()).encode("ascii", "backslashreplace").decode()
+    return {"X-Holdfast-Otherwise": plain} if plain else {}
 
 
-def _refusal(status: int, words: str, param: str | None, code: str | None) -> JSONResponse:
-    kinds: dict[int, Literal["rate_limit_error", "server_error"]] = {429: "rate_limit_error"}
-    kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")  # noqa: PLR2004
-    headers = {}
-    if status == 429:  # noqa: PLR2004
-        headers["Retry-After"] = str(RETRY_SECONDS)
-    if status >= 500:  # noqa: PLR2004 - it would fail again, and again
+def _refused(http: Request, error: Exception) -> JSONResponse:
+    """Answer as OpenAI does, whose client comes again by itself unless it is told not to."""
+    told = refusal_of(error, _NAMES)
+    note_refusal(http, told)
+    headers = {name: each for name, each in told.headers.items() if name != "WWW-Authenticate"}
+    if told.status >= OURS:
         headers["x-should-retry"] = "false"
-    if status == 401:  # noqa: PLR2004
+    if told.status == 401:  # noqa: PLR2004
         headers["WWW-Authenticate"] = "Bearer"
-    body = {"message": words, "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": body}, status, headers)
+    status = 400 if told.status == 422 else told.status  # noqa: PLR2004
+    return JSONResponse({"error": _error(told)}, status, headers)
+
+
+def _error(told: Refusal) -> dict[str, str | None]:
+    kind = (
+        "server_error" if told.status >= OURS else _TYPES.get(told.status, "invalid_request_error")
+    )
+    code = _CODES.get(told.status) if told.param is None or told.status == 404 else "invalid_value"  # noqa: PLR2004
+    return {"message": told.words, "type": kind, "param": told.param, "code": code}

@@ -6,21 +6,29 @@ import asyncio
 import contextlib
 import io
 import json
+import math
+import secrets
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from holdfast.engine.errors import InvalidRequest
+from holdfast.engine.passes.images import as_rgb
 from holdfast.engine.requests.detail import Detail
 from holdfast.engine.requests.hires import Hires
 from holdfast.engine.requests.img2img import Img2Img
 from holdfast.engine.requests.inpaint import Inpaint
+from holdfast.engine.requests.pictures import read_picture
 from holdfast.engine.requests.untrusted import Bounds, request_from_untrusted_json
+from holdfast.engine.requests.upscalers import upscale_image
+from holdfast.engine.requests.values import Reading, read_as
+from holdfast.engine.results.result import Degradation
+from holdfast.engine.server.visits import note_request
 from holdfast.engine.subscribers import Preview
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from fastapi import Request as HttpRequest
     from PIL import Image
@@ -29,13 +37,20 @@ if TYPE_CHECKING:
     from holdfast.engine.jobs.job import Job
     from holdfast.engine.models.facts import ModelFacts
     from holdfast.engine.requests.kinds import Request
+    from holdfast.engine.requests.sizes import Fit
     from holdfast.engine.results.result import Result
+
+Size = tuple[int, int]
+BY_VALUE = Reading(files=False, formats=("PNG", "JPEG", "WEBP"), pixels=Bounds().picture)
+"""How pictures of clients are read."""
 
 _LOOK_SECONDS = 0.1
 """Between two looks whether a client is still there."""
 
 _PREVIEWS = 64
 """Jobs whose latest preview is kept."""
+
+_SEEDS = 2**32
 
 
 @dataclass(frozen=True)
@@ -44,12 +59,18 @@ class Order:
     A client's wish as the engine can serve it.
 
     Attributes:
-        request: What is made.
-        told: What is done otherwise than asked, by the name of what was asked.
+        request: What is made; its seed is settled.
+        told: What is done otherwise than asked.
     """
 
     request: Request
-    told: Mapping[str, str]
+    told: tuple[Degradation, ...]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each image."""
+        first = self.request.seed or 0
+        return tuple(range(first, first + self.request.batch))
 
 
 class Studio:
@@ -59,11 +80,20 @@ class Studio:
     Args:
         engine: Makes the images. With ``strict=False`` it takes what chats and plug-ins send.
         bounds: How much one request may ask for. None: those of `Bounds`.
+        interrupts: Whose jobs a client may stop: ``"all"``, its own first, as in A1111; or
+            ``"own"``, known by address and credentials.
     """
 
-    def __init__(self, engine: Engine, bounds: Bounds | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        bounds: Bounds | None = None,
+        *,
+        interrupts: Literal["all", "own"] = "all",
+    ) -> None:
         self.engine = engine
         self._bounds = bounds or Bounds()
+        self._interrupts = interrupts
         self._lock = threading.Lock()
         self._jobs: dict[str, tuple[Job[Result], str]] = {}
         self._previews: OrderedDict[str, Preview] = OrderedDict()
@@ -82,35 +112,51 @@ class Studio:
             self._facts = await asyncio.to_thread(self.engine.model_facts)
         return self._facts
 
-    async def order(self, fields: Mapping[str, Any]) -> Order:
+    async def order(
+        self,
+        fields: Mapping[str, Any],
+        told: Sequence[Degradation] = (),
+        fit: Fit = "crop",
+    ) -> Order:
         """
         Read a request that a client sent, at the nearest size that the model can make.
 
         Args:
             fields: Of a request, with pictures as data URLs or base64; unset ones left out.
+            told: What of the wish is otherwise in them. A strict engine refuses it.
+            fit: How a picture that is redrawn in is brought to the size that is asked for.
 
         Raises:
             InvalidRequest: It is no request, names files, or asks for too much.
         """
         facts = await self.facts()
-        return await asyncio.to_thread(_read, dict(fields), facts, self._bounds)
+        strict = self.engine.config.strict
+        if strict and told:
+            first = told[0]
+            msg = f"{first.kind}: {first.asked} is not possible here, but {first.given} would be."
+            raise InvalidRequest(msg)
+        return await asyncio.to_thread(self._read, dict(fields), tuple(told), facts, fit, strict)
 
-    def submit(self, request: Request, client: str) -> Job[Result]:
-        """Queue a request for a client, of whom only the name is known. Raises as the engine."""
-        job = self.engine.submit(request)
+    def submit(self, order: Order, http: HttpRequest) -> Job[Result]:
+        """Queue an order of a client. Raises as the engine."""
+        job = self.engine.submit(order.request)
+        note_request(http, job.request_id)
         with self._lock:
-            self._jobs[job.id] = (job, client)
+            self._jobs[job.id] = (job, client_of(http))
         job.add_done_callback(self._forget)
+        for each in order.told:
+            self.engine.emit("degradation", kind=each.kind, asked=each.asked, given=each.given,
+                             request_id=job.request_id)  # fmt: skip
         return job
 
-    async def make(self, request: Request, http: HttpRequest) -> Result:
+    async def make(self, order: Order, http: HttpRequest) -> Result:
         """
-        Make a request's images for a client, and stop where the client leaves.
+        Make the images of an order, and stop where the client leaves.
 
         Raises:
             HoldfastError: As `Engine.run`.
         """
-        job = self.submit(request, client_of(http))
+        job = self.submit(order, http)
         done = asyncio.ensure_future(job.bound())
         done.add_done_callback(_retrieve)
         leaving = asyncio.ensure_future(_leaves(http))
@@ -131,20 +177,18 @@ class Studio:
             jobs = [job for job, _ in self._jobs.values()]
         return sorted(jobs, key=lambda job: (job.position is not None, job.position or 0))
 
-    def interrupt(self, client: str) -> None:
+    def interrupt(self, http: HttpRequest) -> None:
         """Stop the client's own oldest job, or else what runs; a first pass that is there stays."""
+        client = client_of(http)
         with self._lock:
             own = [job for job, owner in self._jobs.values() if owner == client]
-        for job in (own or self.jobs())[:1]:
+        others = self.jobs() if self._interrupts == "all" else []
+        for job in (own or others)[:1]:
             job.cancel(keep="first_pass")
 
     def preview(self, job: Job[Any]) -> Preview | None:
         """Return the latest preview of a job."""
         return self._previews.get(job.request_id)
-
-    def forget_facts(self) -> None:
-        """Ask anew what the model is: another one was put in its place."""
-        self._facts = None
 
     def _see(self, preview: Preview) -> None:
         if preview.request_id is None:
@@ -156,6 +200,34 @@ class Studio:
     def _forget(self, job: Job[Result]) -> None:
         with self._lock:
             self._jobs.pop(job.id, None)
+
+    def _read(
+        self,
+        fields: dict[str, Any],
+        told: tuple[Degradation, ...],
+        facts: ModelFacts,
+        fit: Fit,
+        strict: bool,  # noqa: FBT001 - the engine's setting, at the moment of the order
+    ) -> Order:
+        if fields.get("seed") is None:  # also what was stopped has one to tell
+            fields["seed"] = secrets.randbelow(_SEEDS)
+        if not strict:
+            told += tuple(_made_smaller(fields, facts, self._bounds.pixels))
+        try:
+            text = json.dumps(fields)
+        except (TypeError, ValueError) as error:
+            msg = "The request holds what JSON has no words for."
+            raise InvalidRequest(msg) from error
+        request = request_from_untrusted_json(text, self._bounds)
+        if strict:
+            return Order(request, told)
+        for what, asked, made in _snapped(request, facts):
+            if asked != made:
+                request = _sized(request, what, made)
+                told += (Degradation(what, _by(asked), _by(made)),)
+        if isinstance(request, Inpaint) and request.area == "whole":
+            request = _brought(request, fit)
+        return Order(request, told)
 
 
 def client_of(http: HttpRequest) -> str:
@@ -182,29 +254,25 @@ def _retrieve(ended: asyncio.Future[Result]) -> None:
         ended.exception()
 
 
-def _read(fields: dict[str, Any], facts: ModelFacts, bounds: Bounds) -> Order:
+def _made_smaller(fields: dict[str, Any], facts: ModelFacts, most: int) -> Iterator[Degradation]:
+    """Bound the size of a picture that is drawn over at no size in particular, as photos are."""
+    if fields.get("kind") != "img2img" or "width" in fields or "height" in fields:
+        return
     try:
-        text = json.dumps(fields)
-    except (TypeError, ValueError) as error:
-        msg = "The request holds what JSON has no words for."
-        raise InvalidRequest(msg) from error
-    request = request_from_untrusted_json(text, bounds)
-    sizes = _snapped(request, facts)
-    told = {what: f"{_by(asked)} was asked for, {_by(made)} is made" for what, asked, made in sizes}
-    for what, asked, made in sizes:
-        names = ("hires_width", "hires_height") if what == "hires size" else ("width", "height")
-        changes: dict[str, Any] = dict(zip(names, made, strict=True))
-        if what == "hires size":
-            changes["scale"] = None
-        if asked != made:
-            request = request.but(**changes)
-    return Order(request, {what: told[what] for what, asked, made in sizes if asked != made})
+        with read_as(BY_VALUE):
+            width, height = read_picture(fields.get("image")).size
+    except ValueError:
+        return  # the request itself says what is wrong with it
+    if width * height <= most:
+        return
+    factor = math.sqrt(most / (width * height))
+    step = facts.multiple
+    made = tuple(max(1, int(side * factor) // step) * step for side in (width, height))
+    fields["width"], fields["height"] = made
+    yield Degradation("size", _by((width, height)), _by((made[0], made[1])))
 
 
-_Size = tuple[int, int]
-
-
-def _snapped(request: Request, facts: ModelFacts) -> Sequence[tuple[str, _Size, _Size]]:
+def _snapped(request: Request, facts: ModelFacts) -> Sequence[tuple[str, Size, Size]]:
     """Return each size that a request asks for: its name, as asked, and as the model makes it."""
     if isinstance(request, Detail):
         return ()
@@ -222,5 +290,26 @@ def _snapped(request: Request, facts: ModelFacts) -> Sequence[tuple[str, _Size, 
     return (("size", first, made), ("hires size", target, facts.nearest(*target)))
 
 
-def _by(size: _Size) -> str:
+def _sized(request: Request, what: str, size: Size) -> Request:
+    """Return a request at another size."""
+    changes: dict[str, Any] = {"width": size[0], "height": size[1]}
+    if what == "hires size":
+        changes = {"hires_width": size[0], "hires_height": size[1], "scale": None}
+    changed: Request = request.but(**changes)
+    return changed
+
+
+def _brought(request: Inpaint, fit: Fit) -> Inpaint:
+    """Bring picture and mask to the size that is asked for; what stays is that of the picture."""
+    if request.width is None or request.height is None:
+        return request
+    size = (request.width, request.height)
+    if request.mask is None or request.image.size == size or any(request.outpaint):
+        return request
+    mask = upscale_image(request.mask.convert("RGB"), "lanczos", size, fit).convert("L")
+    image = upscale_image(as_rgb(request.image), "lanczos", size, fit)
+    return request.but(image=image, mask=mask)
+
+
+def _by(size: Size) -> str:
     return f"{size[0]}x{size[1]}"

@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import datetime as dt
 import json
 import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import psutil
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, ValidationError
 
-from holdfast.engine.errors import Cancelled, HoldfastError, InvalidRequest
+from holdfast.engine.errors import Cancelled, IllegalTransition, InvalidRequest
 from holdfast.engine.passes.images import as_rgb
+from holdfast.engine.prompts.embeddings import EmbeddingLibrary
 from holdfast.engine.requests.pictures import read_picture
 from holdfast.engine.requests.schedulers import SAMPLERS, SCHEDULERS, SCHEDULES
-from holdfast.engine.requests.upscalers import UPSCALERS, check_upscaler, upscale_image
-from holdfast.engine.requests.values import Reading, read_as
+from holdfast.engine.requests.upscalers import UPSCALERS, upscale_image
+from holdfast.engine.requests.values import read_as
 from holdfast.engine.results.saving import INFOTEXT
 from holdfast.engine.server.access import Access
-from holdfast.engine.server.answers import RETRY_SECONDS, status_of, words_of
+from holdfast.engine.server.answers import RefusedError, refusal_of
 from holdfast.engine.server.fields import (
+    NAMES,
     AskedImg2Img,
     AskedTxt2Img,
-    NotFoundError,
-    RefusedError,
     fields_of,
+    fit_of,
 )
-from holdfast.engine.server.studio import client_of, png
+from holdfast.engine.server.studio import BY_VALUE, png
+from holdfast.engine.server.visits import note_refusal
 from holdfast.states import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from fastapi import Response
     from PIL import Image
@@ -50,7 +54,6 @@ _NOTHING = ("sd-vae", "sd-modules", "hypernetworks", "face-restorers", "realesrg
 """Lists that are empty here."""
 _PAIR = re.compile(r'\s*([\w][\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _LARGEST = 8192 * 8192
-_BY_VALUE = Reading(files=False, formats=("PNG", "JPEG", "WEBP"), pixels=4096 * 4096)
 
 
 class _Route(APIRoute):
@@ -66,10 +69,8 @@ class _Route(APIRoute):
             try:
                 self.access.check(request)  # FastAPI reads the body before it asks dependencies
                 return await handle(request)
-            except RefusedError as error:
-                return _refusal(error, error.status, str(error))
-            except HoldfastError as error:
-                return _refusal(error, status_of(error), words_of(error))
+            except Exception as error:  # noqa: BLE001 - whatever it is, its text stays here
+                return _refused(request, error)
 
         return answer
 
@@ -81,11 +82,14 @@ class _Picture(BaseModel):
 class _Enlarged(BaseModel):
     image: str
     resize_mode: int | None = 0
-    upscaling_resize: float | None = 2.0
+    upscaling_resize: float | None = Field(2.0, gt=0, le=64)
     upscaling_resize_w: int | None = None
     upscaling_resize_h: int | None = None
     upscaling_crop: bool | None = True
     upscaler_1: str | None = "None"
+    gfpgan_visibility: float | None = None
+    codeformer_visibility: float | None = None
+    extras_upscaler_2_visibility: float | None = None
 
 
 def sdapi(studio: Studio, access: Access | None = None) -> APIRouter:
@@ -106,6 +110,7 @@ def sdapi(studio: Studio, access: Access | None = None) -> APIRouter:
     _add_watching(router, studio)
     _add_model(router, studio)
     _add_lists(router, studio)
+    _add_words(router, studio)
     _add_empty_lists(router)
     _add_pictures(router)
     return router
@@ -113,21 +118,25 @@ def sdapi(studio: Studio, access: Access | None = None) -> APIRouter:
 
 def _add_making(router: APIRouter, studio: Studio) -> None:
     async def make(asked: Asked, http: Request) -> dict[str, Any]:
-        fields, told = await asyncio.to_thread(fields_of, asked)
         facts = await studio.facts()
         _check_model(asked, facts)
-        order = await studio.order(fields)
-        echoed = asked.model_dump(exclude={"init_images", "mask"})
+        fields, told = await asyncio.to_thread(fields_of, asked, facts)
+        order = await studio.order(fields, told, fit_of(asked))
+        images: list[str] = []
+        made: Result | None = None
         try:
-            result = await studio.make(order.request, http)
+            made = await studio.make(order, http)
         except Cancelled as stopped:
-            images = [base64.b64encode(png(each)).decode() for each in stopped.first_pass]
-            info = {"infotexts": [], "all_seeds": [], "interrupted": True}
-            return {"images": images, "parameters": echoed, "info": json.dumps(info)}
-        images = []
-        if asked.send_images is not False:
-            images = await asyncio.to_thread(_encoded, result)
-        info = _info(result, order, told, facts)
+            if await http.is_disconnected():
+                raise
+            shown: Sequence[Image.Image] = stopped.first_pass
+            images = [base64.b64encode(png(each)).decode() for each in shown]
+        else:
+            shown = made.images
+            if asked.send_images is not False:
+                images = await asyncio.to_thread(_encoded, made)
+        echoed = asked.model_dump(exclude={"init_images", "mask"})
+        info = _info(order, shown, made, facts)
         return {"images": images, "parameters": echoed, "info": json.dumps(info)}
 
     @router.post("/sdapi/v1/txt2img")
@@ -163,12 +172,12 @@ def _add_watching(router: APIRouter, studio: Studio) -> None:
 
     @router.post("/sdapi/v1/interrupt")
     async def interrupt(http: Request) -> dict[str, Any]:
-        studio.interrupt(client_of(http))
+        studio.interrupt(http)
         return {}
 
     @router.post("/sdapi/v1/skip")
     async def skip(http: Request) -> None:
-        studio.interrupt(client_of(http))
+        studio.interrupt(http)
 
     @router.get("/internal/ping")
     async def ping() -> dict[str, Any]:
@@ -215,7 +224,8 @@ def _add_model(router: APIRouter, studio: Studio) -> None:
     @router.post("/sdapi/v1/reload-checkpoint")
     async def reload() -> dict[str, Any]:
         if studio.engine.state is State.UNLOADED:
-            await asyncio.to_thread(studio.engine.load)
+            with contextlib.suppress(IllegalTransition):  # loaded by another one meanwhile
+                await asyncio.to_thread(studio.engine.load)
         return {}
 
     async def refresh() -> None:
@@ -260,21 +270,33 @@ def _add_lists(router: APIRouter, studio: Studio) -> None:
     @router.get("/sdapi/v1/loras")
     async def loras() -> list[dict[str, Any]]:
         folder = studio.engine.config.lora_dir
-        files = [] if folder is None else sorted(folder.glob("**/*.safetensors"))
+        usable = folder is not None and (await studio.facts()).takes_loras
+        files = sorted(folder.glob("**/*.safetensors")) if folder and usable else []
         return [
             {"name": each.stem, "alias": each.stem, "path": each.name, "metadata": {}}
             for each in files
         ]
 
 
+def _add_words(router: APIRouter, studio: Studio) -> None:
+    library = EmbeddingLibrary()
+
+    @router.get("/sdapi/v1/embeddings")
+    async def embeddings() -> dict[str, Any]:
+        found = await asyncio.to_thread(library.find, studio.engine.config.embeddings)
+        shapes = {name: next(iter(each.vectors.values())).shape for name, each in found.items()}
+        loaded = {
+            name: {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None,
+                   "shape": shape[1], "vectors": shape[0]}
+            for name, shape in shapes.items()
+        }  # fmt: skip
+        return {"loaded": loaded, "skipped": {}}
+
+
 def _add_empty_lists(router: APIRouter) -> None:
     @router.get("/sdapi/v1/scripts")
     async def scripts() -> dict[str, Any]:
         return {"txt2img": [], "img2img": []}
-
-    @router.get("/sdapi/v1/embeddings")
-    async def embeddings() -> dict[str, Any]:
-        return {"loaded": {}, "skipped": {}}
 
     @router.get("/sdapi/v1/cmd-flags")
     async def flags() -> dict[str, Any]:
@@ -341,7 +363,7 @@ def _check_name(wanted: str, facts: ModelFacts) -> None:
     names = {_title(facts), facts.name, facts.fingerprint, facts.fingerprint[:10]}
     if wanted.strip() not in names and wanted.partition(" [")[0].strip() != facts.name:
         msg = f"model {wanted[:120]!r} not found; this server has {_title(facts)}"
-        raise NotFoundError(msg)
+        raise RefusedError(msg, "sd_model_checkpoint", 404)
 
 
 def _encoded(result: Result) -> list[str]:
@@ -349,41 +371,50 @@ def _encoded(result: Result) -> list[str]:
 
 
 def _info(
-    result: Result, order: Order, told: Mapping[str, str], facts: ModelFacts
+    order: Order, shown: Sequence[Image.Image], made: Result | None, facts: ModelFacts
 ) -> dict[str, Any]:
-    """Return what clients read of how images were made."""
-    request, count = result.request, len(result.images)
-    width, height = result.images[0].size
-    otherwise = dict(told) | dict(order.told)
-    otherwise |= {each.kind: f"{each.asked} -> {each.given}" for each in result.degradations}
-    name = request.scheduler or ""
+    """
+    Return what clients read of how images were made.
+
+    Args:
+        order: Was served.
+        shown: What there is of it: the images, or the first pass where it was interrupted.
+        made: The result; None where it was interrupted.
+        facts: Of the model that made it.
+    """
+    request, seeds = order.request, order.seeds if made is None else made.seeds
+    count = len(seeds)
+    given = (request.width or facts.size[0], request.height or facts.size[1])
+    width, height = shown[0].size if shown else given
+    otherwise = (*order.told, *(() if made is None else made.degradations))
     return {
         "prompt": request.prompt,
         "all_prompts": [request.prompt] * count,
         "negative_prompt": request.negative_prompt,
         "all_negative_prompts": [request.negative_prompt] * count,
-        "seed": result.seeds[0],
-        "all_seeds": list(result.seeds),
-        "subseed": -1,
-        "all_subseeds": [-1] * count,
-        "subseed_strength": 0,
+        "seed": seeds[0],
+        "all_seeds": list(seeds),
+        "subseed": getattr(request, "variation_seed", None) or -1,
+        "all_subseeds": [getattr(request, "variation_seed", None) or -1] * count,
+        "subseed_strength": getattr(request, "variation_strength", 0),
         "width": width,
         "height": height,
-        "sampler_name": SCHEDULERS[name].label if name else "Automatic",
+        "sampler_name": SCHEDULERS[request.scheduler].label if request.scheduler else "Automatic",
         "cfg_scale": request.guidance,
         "steps": request.steps,
         "batch_size": count,
         "denoising_strength": getattr(request, "strength", None),
         "sd_model_name": facts.name,
         "sd_model_hash": facts.fingerprint[:10],
-        "extra_generation_params": otherwise,
+        "extra_generation_params": {each.kind: f"{each.asked} -> {each.given}"
+                                    for each in otherwise},
         "index_of_first_image": 0,
-        "infotexts": list(result.infotexts),
+        "infotexts": [request.prompt] * count if made is None else list(made.infotexts),
         "styles": [],
         "job_timestamp": dt.datetime.now(dt.UTC).strftime("%Y%m%d%H%M%S"),
         "clip_skip": getattr(request, "clip_skip", None) or 1,
-        "interrupted": False,
-    }
+        "interrupted": made is None,
+    }  # fmt: skip
 
 
 def _read_info(picture: str) -> dict[str, Any]:
@@ -393,7 +424,7 @@ def _read_info(picture: str) -> dict[str, Any]:
 
     try:
         content = base64.b64decode(picture.partition(",")[2] or picture)
-        with Image.open(io.BytesIO(content), formats=_BY_VALUE.formats) as opened:
+        with Image.open(io.BytesIO(content), formats=BY_VALUE.formats) as opened:
             chunks = {name: str(value) for name, value in opened.info.items()
                       if isinstance(value, str)}  # fmt: skip
     except Exception as error:
@@ -420,30 +451,40 @@ def _parameters(infotext: str) -> dict[str, str]:
 
 
 def _enlarged(asked: _Enlarged) -> str:
-    try:
-        with read_as(_BY_VALUE):
-            image: Image.Image = as_rgb(read_picture(asked.image))
-        wanted = asked.upscaler_1 or "None"
-        name = "lanczos" if wanted.lower() == "none" else check_upscaler(wanted)
-    except ValueError as error:
+    for name in ("gfpgan_visibility", "codeformer_visibility", "extras_upscaler_2_visibility"):
+        if getattr(asked, name):
+            msg = f"{name}: there is nothing here that does it; leave it at 0."
+            raise RefusedError(msg, name)
+    wanted = asked.upscaler_1 or "None"
+    known = {each.label.lower(): name for name, each in UPSCALERS.items() if each.space == "image"}
+    name = (known | {"none": "lanczos"}).get(wanted.strip().lower(), "")
+    if not name:
         labels = ", ".join(each.label for each in UPSCALERS.values() if each.space == "image")
-        msg = f"Invalid upscaler, needs to be one of these: None, {labels}; or no image: {error}"
-        raise HTTPException(400, words_of(InvalidRequest(msg))) from error
-    if UPSCALERS[name].space != "image":
-        raise HTTPException(400, f"Invalid upscaler: {wanted} enlarges latents, not images.")
+        msg = f"Invalid upscaler, needs to be one of these: None, {labels}"
+        raise RefusedError(msg, "upscaler_1", 400)
+    try:
+        with read_as(BY_VALUE):
+            image: Image.Image = as_rgb(read_picture(asked.image))
+    except ValueError as error:
+        raise InvalidRequest(f"image: {error}.") from error
     factor = asked.upscaling_resize or 2.0
     target = (round(image.width * factor), round(image.height * factor))
     if asked.resize_mode == 1 and asked.upscaling_resize_w and asked.upscaling_resize_h:
         target = (asked.upscaling_resize_w, asked.upscaling_resize_h)
-    if not 0 < target[0] * target[1] <= _LARGEST:
+    if min(target) < 1 or target[0] * target[1] > _LARGEST:
         msg = f"{target[0]}x{target[1]} was asked for; an image may have {_LARGEST} pixels."
         raise InvalidRequest(msg)
     enlarged = upscale_image(image, name, target, "crop" if asked.upscaling_crop else "fill")
     return base64.b64encode(png(enlarged)).decode()
 
 
-def _refusal(error: HoldfastError, status: int, words: str) -> JSONResponse:
-    kind = type(error).__name__ if status < 500 else "Error"  # noqa: PLR2004 - whose fault it is
-    headers = {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None  # noqa: PLR2004
-    body = {"error": kind, "detail": words, "body": "", "errors": words}
-    return JSONResponse(body, status, headers)
+def _refused(http: Request, error: Exception) -> JSONResponse:
+    """Answer as A1111 does: FastAPI's list for fields of a wrong type, else in words."""
+    told = refusal_of(error, NAMES)
+    note_refusal(http, told)
+    headers = dict(told.headers)
+    if isinstance(error, (RequestValidationError, ValidationError)):
+        faults = [{name: each[name] for name in ("type", "loc", "msg")} for each in error.errors()]
+        return JSONResponse({"detail": faults}, told.status, headers)
+    body = {"error": "HTTPException", "detail": told.words, "body": "", "errors": told.words}
+    return JSONResponse(body, told.status, headers)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from typing import TYPE_CHECKING
@@ -8,8 +9,9 @@ import httpx
 import openai
 import pytest
 
-from holdfast.engine import Engine
+from holdfast.engine import CompileError, Engine
 from holdfast.engine.server import Access, Studio, application
+from holdfast.engine.server.answers import refusal_of
 
 from .conftest import PATIENCE, running
 
@@ -68,6 +70,74 @@ def test_other_names_and_other_pages_stay_outside(guarded: str) -> None:
     assert allowed.headers["access-control-allow-origin"] == PAGE
     other = httpx.options(f"{guarded}/sdapi/v1/txt2img", headers=asks | {"origin": "https://x.y"})
     assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_page_that_was_not_named_can_send_nothing(guarded: str) -> None:
+    """A form needs no leave of CORS, and is refused all the same; the server's own page is not."""
+    key = {"authorization": "Bearer key-1"}
+    path = f"{guarded}/sdapi/v1/interrupt"
+    for origin, status in ((PAGE, 200), (guarded, 200), ("https://x.y", 403), ("null", 403)):
+        assert httpx.post(path, headers=key | {"origin": origin}).status_code == status
+
+
+def test_a_strict_engine_does_nothing_otherwise(guarded: str) -> None:
+    """What would be done nearly, and told, is refused where the host is strict."""
+    key = {"authorization": "Bearer key-1"}
+    for wish, words in (({"restore_faces": True}, "restore_faces"), ({"width": 70}, "70")):
+        body = {"prompt": "x", "steps": 2, "width": 64, "height": 64, **wish}
+        answer = httpx.post(f"{guarded}/sdapi/v1/txt2img", json=body, headers=key, timeout=PATIENCE)
+        assert answer.status_code == 422
+        assert words in answer.json()["detail"]
+
+
+def test_where_each_stops_its_own_nobody_stops_anothers(tiny_ir: Path, tiny_cache: Path) -> None:
+    """With ``interrupts="own"``, a job is stopped by whoever asked for it, and by no other."""
+    with Engine(tiny_ir, cache_dir=tiny_cache) as engine:
+        studio = Studio(engine, interrupts="own")
+        access = Access(keys=("ann", "bob"))
+        with running(application(studio, access)) as address:
+            path = f"{address}/sdapi/v1"
+            ann, bob = ({"authorization": f"Bearer {name}"} for name in access.keys)
+            body = {"prompt": "x", "steps": 500, "width": 64, "height": 64}
+            stopped: list[bool] = []
+
+            def ask() -> None:
+                made = httpx.post(f"{path}/txt2img", json=body, headers=ann, timeout=PATIENCE)
+                stopped.append(json.loads(made.json()["info"])["interrupted"])
+
+            asker = threading.Thread(target=ask)
+            asker.start()
+            while not studio.jobs():
+                pass
+            (job,) = studio.jobs()
+            assert httpx.post(f"{path}/interrupt", headers=bob).json() == {}
+            assert job.status in {"queued", "running"}
+            assert httpx.post(f"{path}/interrupt", headers=ann).json() == {}
+            asker.join()
+        assert stopped == [True]
+
+
+def test_a_closed_engine_is_unavailable(tiny_ir: Path, tiny_cache: Path) -> None:
+    """It is a 503 in both APIs, which OpenAI's client is told not to try again."""
+    engine = Engine(tiny_ir, cache_dir=tiny_cache)
+    with running(application(Studio(engine))) as address:
+        engine.close()
+        for path in ("sdapi/v1/txt2img", "v1/images/generations"):
+            answer = httpx.post(f"{address}/{path}", json={"prompt": "x"}, timeout=PATIENCE)
+            assert answer.status_code == 503
+    assert answer.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("/srv/models/x.bin"), CompileError("/srv/x", component="unet", key="k")],
+)
+def test_of_our_own_faults_nothing_is_told(error: Exception) -> None:
+    """The client learns that it is not to blame; the log has the rest, without folders."""
+    told = refusal_of(error, {})
+    assert (told.status, told.param) == (500, None)
+    assert "srv" not in told.words + told.logged
+    assert type(error).__name__ not in told.words
 
 
 def test_a_body_has_a_length_and_a_limit(guarded: str) -> None:

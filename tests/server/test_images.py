@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,8 @@ import openai
 import pytest
 from PIL import Image
 
-from holdfast.engine import Txt2Img
+from holdfast.engine import Bounds, Cancelled, Img2Img, Txt2Img
+from holdfast.engine.server import Studio
 
 from .conftest import PATIENCE
 
@@ -69,6 +71,61 @@ def test_an_upload_is_edited_at_the_nearest_size(client: Any) -> None:
         assert picture(made.data[0].b64_json).size == (64, 64)
 
 
+def test_a_photo_is_brought_within_bounds(engine: Engine) -> None:
+    """Drawn over at no size in particular, it is made smaller, at its aspect, and that is told."""
+    studio = Studio(engine, Bounds(pixels=80 * 64))
+    url = (
+        f"data:image/png;base64,{base64.b64encode(file(Image.new('RGB', (400, 200)))[1]).decode()}"
+    )
+    order = asyncio.run(studio.order({"kind": "img2img", "image": url}))
+    studio.close()
+    assert isinstance(order.request, Img2Img)
+    assert order.request.size == (96, 48)
+    assert [(each.asked, each.given) for each in order.told] == [("400x200", "96x48")]
+
+
+def test_what_is_done_otherwise_is_told(client: Any) -> None:
+    """A header has it, as the answer has no place for it."""
+    asked = client.images.with_raw_response.generate(prompt=PROMPT, size="70x61", extra_body=FEW)
+    assert asked.headers["x-holdfast-otherwise"] == "size: 70x61 -> 64x64"
+    assert asked.parse().size == "64x64"
+
+
+def test_a_model_is_found_by_its_name(client: Any, engine: Engine) -> None:
+    """It is the server's own; another one is not found."""
+    name = engine.model_facts().name
+    assert client.models.retrieve(name).id == name
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("dream")
+
+
+def test_a_request_may_be_fast(client: Any, engine: Engine) -> None:
+    """``speed`` is the engine's own."""
+    fast = {"num_inference_steps": 8, "rng_seed": 7, "speed": "fast", "guidance_scale": 4,
+            "negative_prompt": "blue"}  # fmt: skip
+    made = client.images.generate(prompt=PROMPT, size="64x64", extra_body=fast)
+    own = engine.run(
+        Txt2Img(
+            prompt=PROMPT, width=64, height=64, steps=8, seed=7, speed="fast", guidance=4,
+            negative_prompt="blue",
+        )
+    )  # fmt: skip
+    assert picture(made.data[0].b64_json).tobytes() == own.images[0].tobytes()
+
+
+def test_a_stream_that_is_left_stops_its_job(client: Any, studio: Studio) -> None:
+    """Once nobody reads the events, the engine draws no further."""
+    steps = {"num_inference_steps": 500, "rng_seed": 7}
+    with client.images.edit(
+        image=file(Image.new("RGB", (64, 64), "red")), prompt=PROMPT, stream=True,
+        partial_images=3, extra_body={**steps, "strength": 1.0},
+    ) as stream:  # fmt: skip
+        assert next(iter(stream)).type == "image_edit.partial_image"
+        (job,) = studio.jobs()
+    with pytest.raises(Cancelled):
+        job.result(timeout=PATIENCE)
+
+
 def test_what_is_transparent_in_the_mask_is_edited(client: Any) -> None:
     """The rest stays to the bit, but for where the edge is softened."""
     image = Image.new("RGB", (64, 64), "red")
@@ -79,6 +136,12 @@ def test_what_is_transparent_in_the_mask_is_edited(client: Any) -> None:
     kept = (48, 0, 64, 64)
     assert edited.crop(kept).tobytes() == image.crop(kept).tobytes()
     assert edited.tobytes() != image.tobytes()
+    made = client.images.edit(
+        image=file(image), mask=file(mask), prompt=PROMPT, size="96x96", extra_body=FEW
+    )
+    edited = picture(made.data[0].b64_json)
+    assert edited.size == (96, 96)
+    assert edited.crop((72, 0, 96, 96)).tobytes() == Image.new("RGB", (24, 96), "red").tobytes()
     with pytest.raises(openai.BadRequestError, match="transparent"):
         client.images.edit(image=file(image), mask=file(image), prompt=PROMPT)
 
@@ -104,6 +167,14 @@ WRONG: dict[str, tuple[dict[str, Any], type[openai.APIStatusError], str | None]]
     "format": ({"output_format": "gif"}, openai.BadRequestError, "output_format"),
     "background": ({"background": "transparent"}, openai.BadRequestError, "background"),
     "stream": ({"stream": True, "size": "9x"}, openai.BadRequestError, "size"),
+    "sides": ({"size": "0x64"}, openai.BadRequestError, "size"),
+    "steps": (
+        {"extra_body": {"num_inference_steps": 1001}},
+        openai.BadRequestError,
+        "num_inference_steps",
+    ),
+    "type": ({"extra_body": {"guidance_scale": "much"}}, openai.BadRequestError, "guidance_scale"),
+    "lora": ({"prompt": "<lora:nobody>"}, openai.BadRequestError, None),
     "work": ({"size": "4096x4096"}, openai.BadRequestError, None),
 }
 
@@ -113,6 +184,6 @@ def test_a_wrong_field_is_named(client: Any, case: str) -> None:
     """The client raises what it raises of OpenAI, with the field, and does not try again."""
     fields, kind, param = WRONG[case]
     with pytest.raises(kind) as raised:
-        client.images.generate(prompt=PROMPT, **fields)
+        client.images.generate(**{"prompt": PROMPT, **fields})
     assert raised.value.body["param"] == param
     assert raised.value.body["type"] == "invalid_request_error"

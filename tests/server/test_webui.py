@@ -12,7 +12,7 @@ import pytest
 import webuiapi
 from PIL import Image
 
-from holdfast.engine import Engine, Hires, Lora, Txt2Img
+from holdfast.engine import Engine, Hires, Inpaint, Lora, Txt2Img, errors
 
 from .conftest import PATIENCE
 
@@ -34,6 +34,13 @@ def b64(image: Image.Image, form: str = "PNG") -> str:
     buffer = io.BytesIO()
     image.save(buffer, form)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def logged(engine: Engine, name: str) -> list[dict[str, Any]]:
+    """Return the events of a name in an engine's log."""
+    assert engine.config.log_file is not None
+    lines = engine.config.log_file.read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
 def picture(text: str) -> Image.Image:
@@ -76,7 +83,7 @@ def test_webuiapi_gets_the_engines_own_images(client: Any, engine: Engine) -> No
     )  # fmt: skip
     assert made.image.tobytes() == own.images[0].tobytes()
     told = made.info["extra_generation_params"]
-    assert told["hires size"] == "83x83 was asked for, 80x80 is made"
+    assert told["hires size"] == "83x83 -> 80x80"
 
 
 def test_webuiapi_asks_all_that_it_can(client: Any, post: Post, engine: Engine) -> None:
@@ -86,6 +93,10 @@ def test_webuiapi_asks_all_that_it_can(client: Any, post: Post, engine: Engine) 
     assert client.util_get_current_model() == title
     assert client.util_get_model_names() == [title]
     client.util_set_model(facts.name)
+    assert (
+        post("/sdapi/v1/options", {**client.get_options(), "samples_format": "jpg"}).text == "null"
+    )
+    assert post("/sdapi/v1/options", {"sd_model_checkpoint": "dream"}).status_code == 404
     client.util_wait_for_ready()
     assert client.get_options()["sd_model_checkpoint"] == title
     assert "Euler a" in client.util_get_sampler_names()
@@ -96,8 +107,17 @@ def test_webuiapi_asks_all_that_it_can(client: Any, post: Post, engine: Engine) 
     for name in ("scripts", "embeddings", "cmd_flags", "hypernetworks", "face_restorers",
                  "realesrgan_models", "prompt_styles", "schedulers"):  # fmt: skip
         assert getattr(client, f"get_{name}")() is not None, name
+    for wrong, status in (
+        ({"upscaler_1": "R-ESRGAN 4x+"}, 400), ({"gfpgan_visibility": 1}, 422),
+        ({"image": "/etc/hostname"}, 422), ({"upscaling_resize": 10**6}, 422),
+    ):  # fmt: skip
+        body = {"image": b64(RED), **wrong}
+        assert post("/sdapi/v1/extra-single-image", body).status_code == status
     enlarged = client.extra_single_image(RED, upscaler_1="Lanczos", upscaling_resize=1.5)
     assert enlarged.image.size == (96, 96)
+    assert client.get_loras()[0] == {"name": "ink", "alias": "ink", "path": "ink.safetensors",
+                                     "metadata": {}}  # fmt: skip
+    assert client.get_upscalers()[0]["name"] == "None"
     client.interrupt()
     client.skip()
     client.refresh_checkpoints()
@@ -125,6 +145,150 @@ def test_webuiapi_paints_over_images_and_in_them(client: Any, engine: Engine) ->
     assert made.image.convert("RGB").crop(right).tobytes() == RED.crop(right).tobytes()
     assert made.image.tobytes() != RED.tobytes()
     assert engine.state.value == "compiled-inpaint"
+
+
+def test_a_mask_is_read_as_a1111_reads_it(post: Post, engine: Engine) -> None:
+    """Of a mask with transparency, its alpha decides; the whole picture gets the size asked for."""
+    alpha = Image.new("L", (64, 64))
+    alpha.paste(255, (0, 0, 32, 64))
+    mask = Image.new("RGBA", (64, 64), "black")
+    mask.putalpha(alpha)
+    body = {**SMALL, "init_images": [b64(RED)], "mask": b64(mask), "denoising_strength": 0.5}
+    made = post(IMG2IMG, body).json()
+    own = engine.run(
+        Inpaint(**SMALL, image=RED, mask=alpha, strength=0.5, area="masked", fill="fill", padding=0)
+    )
+    assert picture(made["images"][0]).tobytes() == own.images[0].tobytes()
+
+    whole = {**body, "inpaint_full_res": False, "inpainting_fill": 1, "width": 96, "height": 64,
+             "resize_mode": 1}  # fmt: skip
+    made = post(IMG2IMG, whole).json()
+    assert picture(made["images"][0]).size == (96, 64)
+    right = picture(made["images"][0]).crop((80, 0, 96, 64))
+    assert right.tobytes() == Image.new("RGB", (16, 64), "red").tobytes()
+
+
+SIZE = {"width": 64, "height": 64}
+SAME: dict[str, tuple[dict[str, Any], type[Hires | Txt2Img], dict[str, Any]]] = {
+    "sampler and schedule": (
+        {"sampler_name": "DPM++ 2M", "scheduler": "Exponential"}, Txt2Img,
+        {"scheduler": "dpm++2m-exponential"},
+    ),
+    "schedule behind the sampler": (
+        {"sampler_index": "LMS Karras"}, Txt2Img, {"scheduler": "lms-karras"},
+    ),
+    "schedule alone": ({"scheduler": "karras"}, Txt2Img, {"scheduler": "euler-karras"}),
+    "automatic": (
+        {"sampler_name": "DPM++ 2M SDE", "scheduler": "Automatic"}, Txt2Img,
+        {"scheduler": "dpm++2m-sde-exponential"},
+    ),
+    "clip skip of the settings": (
+        {"override_settings": {"CLIP_stop_at_last_layers": "2"}}, Txt2Img, {"clip_skip": 2},
+    ),
+    "clip skip": ({"clip_skip": 2}, Txt2Img, {"clip_skip": 2}),
+    "variation": (
+        {"subseed": 9, "subseed_strength": 0.3, "seed_resize_from_w": 96,
+         "seed_resize_from_h": 64},
+        Txt2Img,
+        {"variation_seed": 9, "variation_strength": 0.3, "seed_resize": (96, 64)},
+    ),
+    "weights": ({"prompt": "(red:1.4) circle"}, Txt2Img, {"prompt": "(red:1.4) circle"}),
+    "speed": ({"speed": "fast", "steps": 8}, Txt2Img, {"speed": "fast", "steps": 8}),
+    "n_iter": ({"batch_size": 1, "n_iter": 2, "cfg_scale": "3.5"}, Txt2Img,
+               {"batch": 2, "guidance": 3.5}),
+    "second pass": (
+        {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Nearest", "hr_prompt": "a star",
+         "hr_negative_prompt": "blue", "hr_cfg": 2, "hr_second_pass_steps": 3,
+         "hr_sampler_name": "Use same sampler", "hr_scheduler": "Karras",
+         "sampler_name": "Euler", "denoising_strength": 0.4},
+        Hires,
+        {"scale": 1.5, "upscaler": "nearest", "hires_prompt": "a star",
+         "hires_negative_prompt": "blue", "hires_guidance": 2, "hires_steps": 3,
+         "hires_scheduler": "euler-karras", "scheduler": "euler", "strength": 0.4},
+    ),
+    "target of another aspect": (
+        {"enable_hr": True, "hr_resize_x": 96, "hr_resize_y": 64, "hr_upscaler": "None"}, Hires,
+        {"hires_width": 96, "hires_height": 64, "upscaler": "lanczos", "strength": 0.75},
+    ),
+    "target in the old style": (
+        {"enable_hr": True, "firstphase_width": 64, "firstphase_height": 64, "width": 96,
+         "height": 96},
+        Hires, {"hires_width": 96, "hires_height": 96, "upscaler": "latent", "strength": 0.75},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_a_field_is_the_engines_own(case: str, post: Post, engine: Engine) -> None:
+    """What A1111's fields ask for is, to the bit, what the engine makes of its own."""
+    sent, kind, own = SAME[case]
+    answer = post(TXT2IMG, {**SMALL, **sent})
+    assert answer.status_code == 200, answer.text
+    result = engine.run(kind(**{**SMALL, **SIZE, **own}))
+    made = [picture(each).tobytes() for each in answer.json()["images"]]
+    assert made == [each.tobytes() for each in result.images]
+
+
+def test_a_tag_of_the_second_pass_is_of_it_alone(post: Post, engine: Engine, ink: Path) -> None:
+    """``<lora:...>`` in ``hr_prompt`` is the set of the second pass."""
+    hires = {**SMALL, "enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Lanczos"}
+    made = post(TXT2IMG, {**hires, "hr_prompt": f"{PROMPT} <lora:ink>"}).json()
+    own = engine.run(
+        Hires(**SMALL, scale=1.5, upscaler="lanczos", strength=0.75, hires_lora=(Lora(ink),))
+    )
+    assert picture(made["images"][0]).tobytes() == own.images[0].tobytes()
+
+
+OTHERWISE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "restore_faces": (TXT2IMG, {"restore_faces": True}, "restore_faces"),
+    "tiling": (TXT2IMG, {"tiling": True}, "tiling"),
+    "refiner": (TXT2IMG, {"refiner_checkpoint": "r", "refiner_switch_at": 0.8},
+                "refiner_checkpoint"),
+    "vae": (TXT2IMG, {"override_settings": {"sd_vae": "mse.safetensors"}}, "sd_vae"),
+    "schedule": (TXT2IMG, {"sampler_name": "Euler a", "scheduler": "Karras"}, "scheduler"),
+    "schedule behind": (TXT2IMG, {"sampler_name": "Euler a Karras"}, "scheduler"),
+    "another family's sampler": (TXT2IMG, {"sampler_name": "Euler FlowMatch"}, "sampler_name"),
+    "size": (TXT2IMG, {"width": 70}, "size"),
+    "mode": (IMG2IMG, {"resize_mode": 3}, "resize_mode"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_what_is_done_otherwise_is_told(case: str, post: Post, engine: Engine) -> None:
+    """It is served, and stands in the answer and in the log."""
+    path, sent, kind = OTHERWISE[case]
+    answer = post(path, {**SMALL, "init_images": [b64(RED)], **sent})
+    assert answer.status_code == 200, answer.text
+    assert kind in json.loads(answer.json()["info"])["extra_generation_params"]
+    assert logged(engine, "degradation")[-1]["kind"] == kind
+
+
+def test_each_answer_is_a_line_of_the_log(address: str, post: Post, engine: Engine) -> None:
+    """It has path, status and the request's name; of one refused, why; of a prompt, nothing."""
+    post(f"{TXT2IMG}?x=secret", {**SMALL, "prompt": "a zebra"})
+    post(TXT2IMG, {**SMALL, "sampler_name": "DPM fast"})
+    post(TXT2IMG, {**SMALL, "steps": "a zebra"})
+    httpx.get(f"{address}/sdapi/v1/nothing")
+    httpx.get(f"{address}/sdapi/v1/options?")
+    served, refused, invalid, unknown, looked = logged(engine, "http.answered")[-5:]
+    assert (served["path"], served["status"], served["method"]) == (TXT2IMG, 200, "POST")
+    assert served["request_id"] == logged(engine, "request.completed")[-1]["request_id"]
+    assert (refused["status"], refused["level"]) == (404, "warning")
+    assert "Sampler not found" in refused["error"]
+    assert (invalid["status"], unknown["status"], looked["status"]) == (422, 404, 200)
+    assert "steps" in invalid["error"]
+    assert looked["level"] == "debug"
+    assert engine.config.log_file is not None
+    text = engine.config.log_file.read_text()
+    assert "zebra" not in text
+    assert "x=secret" not in text
+
+
+def test_what_is_not_here_is_not_found(address: str) -> None:
+    """Clients that look for extensions of A1111 find none."""
+    for path in ("interrogate", "control"):
+        assert httpx.post(f"{address}/sdapi/v1/{path}", json={}).status_code == 404
+    assert httpx.get(f"{address}/controlnet/version").status_code == 404
 
 
 PAYLOADS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -219,6 +383,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "model": (TXT2IMG, {"override_settings": {"sd_model_checkpoint": "dream"}}, 404, "not found"),
     "lora": (TXT2IMG, {"prompt": "<lora:nobody>"}, 422, "no nobody.safetensors"),
     "lora by path": (TXT2IMG, {"prompt": "<lora:../../etc/passwd>"}, 422, "stands in the prompt"),
+    "second model": (TXT2IMG, {"enable_hr": True, "hr_checkpoint_name": "x"}, 422, "same model"),
+    "batch": (TXT2IMG, {"batch_size": 65}, 422, "batch_size"),
+    "guidance": (TXT2IMG, {"cfg_scale": 101}, 422, "cfg_scale"),
+    "strength": (IMG2IMG, {"init_images": [b64(RED)], "denoising_strength": 0}, 422,
+                 "denoising_strength"),
+    "images": (IMG2IMG, {"init_images": [b64(RED)] * 2}, 422, "send one"),
+    "fill": (IMG2IMG, {"init_images": [b64(RED)], "mask": b64(RED), "inpainting_fill": 4}, 422,
+             "inpainting_fill"),
+    "fit": (IMG2IMG, {"init_images": [b64(RED)], "resize_mode": 4}, 422, "resize_mode"),
+    "mask": (IMG2IMG, {"init_images": [b64(RED)], "mask": "/etc/hostname"}, 422, "mask"),
+    "speed": (TXT2IMG, {"speed": "light"}, 422, "speed"),
     "work": (TXT2IMG, {"width": 2048, "height": 2048, "steps": 1000}, 422, "ask for less"),
     "type": (TXT2IMG, {"steps": "many"}, 422, "steps"),
 }  # fmt: skip
@@ -231,7 +406,9 @@ def test_what_cannot_be_made_is_refused_in_words(case: str, post: Post, tiny_ir:
     answer = post(path, {**SMALL, **payload})
     assert answer.status_code == status, answer.text
     assert words in answer.text
-    for secret in (str(tiny_ir.parent), "lora-dir", "/tmp", "Traceback"):  # noqa: S108 - looked for, not used
+    paths = (str(tiny_ir.parent), "lora-dir", "/tmp")  # noqa: S108 - looked for, not used
+    classes = (*errors.__all__, "Error", "Txt2Img", "Img2Img", "Hires ", "Traceback")
+    for secret in (*paths, *classes):
         assert secret not in answer.text
 
 
@@ -252,7 +429,9 @@ def test_progress_and_interrupt(address: str, post: Post, engine: Engine) -> Non
     assert post("/sdapi/v1/interrupt", {}).json() == {}
     maker.join()
     assert answers[0].status_code == 200
-    assert json.loads(answers[0].json()["info"])["interrupted"]
+    info = json.loads(answers[0].json()["info"])
+    assert info["interrupted"]
+    assert (info["seed"], info["all_seeds"], len(info["infotexts"])) == (7, [7], 1)
     assert engine.run(Txt2Img(**SMALL)).images
     idle = httpx.get(f"{address}/sdapi/v1/progress").json()
     assert (idle["progress"], idle["state"]["job_count"]) == (0, 0)
@@ -271,3 +450,6 @@ def test_a_client_that_leaves_takes_its_job_along(address: str, studio: Studio) 
         assert time.monotonic() - began < PATIENCE
         time.sleep(0.01)
     assert studio.engine.run(Txt2Img(**SMALL)).images
+    while logged(studio.engine, "http.answered")[-1]["status"] != 499:
+        assert time.monotonic() - began < PATIENCE
+        time.sleep(0.01)
