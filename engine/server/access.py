@@ -17,10 +17,12 @@ from holdfast.engine.requests.values import Value
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LARGEST_BODY = 64 * 1024**2
 """Bytes of a request's body."""
+
+_TOO_LARGE = f"A body may have {LARGEST_BODY} bytes."
 
 
 class Access(Value):
@@ -55,20 +57,34 @@ class Access(Value):
             return False
         return _is_one_of(pair, [f"{name}:{word}" for name, word in self.users.items()])
 
-    def check(self, request: Request) -> None:
+    def admit(self, request: Request) -> Request:
         """
-        Refuse a request that may not come in, before its body is read.
+        Return a request that may come in, whose body can be read as far as it may go.
 
         Raises:
-            HTTPException: 401, or 411 and 413 for a body without a length or of too much.
+            HTTPException: 401; or 413 for a body of too much, before it is read where it says so.
         """
         if not self.allows(request.headers.get("authorization", "")):
             raise HTTPException(401, "Not authenticated", {"WWW-Authenticate": "Basic"})
         length = request.headers.get("content-length", "0")
-        if "transfer-encoding" in request.headers or not length.isdecimal():
-            raise HTTPException(411, "Say the length of the body: Content-Length.")
-        if int(length) > LARGEST_BODY:
-            raise HTTPException(413, f"The body may have {LARGEST_BODY} bytes.")
+        if not length.isdecimal() or int(length) > LARGEST_BODY:
+            raise HTTPException(413, _TOO_LARGE)
+        return Request(request.scope, bounded(request.receive))
+
+
+def bounded(receive: Receive) -> Receive:
+    """Return what receives a body as `receive` does, and raises a 413 where it goes too far."""
+    so_far = 0
+
+    async def receive_within() -> Message:
+        nonlocal so_far
+        message = await receive()
+        so_far += len(message.get("body", b""))
+        if so_far > LARGEST_BODY:
+            raise HTTPException(413, _TOO_LARGE)
+        return message
+
+    return receive_within
 
 
 class OtherPages:

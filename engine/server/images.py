@@ -83,8 +83,8 @@ class _Route(APIRoute):
 
         async def answer(request: Request) -> Response:
             try:
-                self.access.check(request)  # FastAPI reads the body before it asks dependencies
-                return await handle(request)
+                # FastAPI reads the body before it asks dependencies.
+                return await handle(self.access.admit(request))
             except Exception as error:  # noqa: BLE001 - whatever it is, its text stays here
                 return _refused(request, error)
 

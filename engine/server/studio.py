@@ -29,6 +29,7 @@ from holdfast.engine.subscribers import Preview
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from fastapi import Request as HttpRequest
     from PIL import Image
@@ -97,7 +98,7 @@ class Studio:
         self._lock = threading.Lock()
         self._jobs: dict[str, tuple[Job[Result], str]] = {}
         self._previews: OrderedDict[str, Preview] = OrderedDict()
-        self._facts: ModelFacts | None = None
+        self._facts: tuple[str | Path, ModelFacts] | None = None
         self._leave = engine.subscribe(self._see, (Preview,))
 
     def close(self) -> None:
@@ -107,10 +108,11 @@ class Studio:
         self._leave()
 
     async def facts(self) -> ModelFacts:
-        """Return what there is to know of the model; the first call waits for the engine."""
-        if self._facts is None:
-            self._facts = await asyncio.to_thread(self.engine.model_facts)
-        return self._facts
+        """Return what there is to know of the model; the first call of each one waits for it."""
+        model = self.engine.config.model
+        if self._facts is None or self._facts[0] != model:
+            self._facts = (model, await asyncio.to_thread(self.engine.model_facts))
+        return self._facts[1]
 
     async def order(
         self,

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI, HTTPException
 
 from holdfast.engine import CompileError, Engine
-from holdfast.engine.server import Access, Studio, application
+from holdfast.engine.server import Access, Studio, application, sdapi
+from holdfast.engine.server import openai as images
+from holdfast.engine.server.access import LARGEST_BODY, bounded
 from holdfast.engine.server.answers import refusal_of
 
 from .conftest import PATIENCE, running
@@ -140,17 +144,56 @@ def test_of_our_own_faults_nothing_is_told(error: Exception) -> None:
     assert type(error).__name__ not in told.words
 
 
-def test_a_body_has_a_length_and_a_limit(guarded: str) -> None:
-    """What says no length, or one that is too much, is refused before it is read."""
-    key = {"authorization": "Bearer key-1"}
-    chunks = httpx.post(f"{guarded}/sdapi/v1/txt2img", headers=key, content=iter([b"{}"]))
-    assert chunks.status_code == 411
+def test_a_body_has_a_limit(guarded: str) -> None:
+    """One that says that it is too much is refused before it is read."""
     host, port = guarded.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
         head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\n"
         head += f"Authorization: Bearer key-1\r\nContent-Length: {10**9}\r\n\r\n"
         connection.sendall(head.encode())
         assert b" 413 " in connection.recv(4096)
+
+
+def test_a_body_that_says_no_length_is_read_to_the_limit(guarded: str) -> None:
+    """.NET's clients send such, also with GET; what goes too far is refused where it does."""
+    key = {"authorization": "Bearer key-1", "content-type": "application/json"}
+    for method, path in (("GET", "progress"), ("POST", "unload-checkpoint"), ("POST", "options")):
+        answer = httpx.request(
+            method, f"{guarded}/sdapi/v1/{path}", headers=key, content=iter([b"{", b"}"]),
+            timeout=PATIENCE,
+        )  # fmt: skip
+        assert answer.status_code == 200, path
+
+    async def endless() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x" * 1024**2, "more_body": True}
+
+    sizes: list[int] = []
+
+    async def read() -> None:
+        receive = bounded(endless)
+        while True:
+            sizes.append(len((await receive())["body"]))
+
+    with pytest.raises(HTTPException, match="413"):
+        asyncio.run(read())
+    assert sum(sizes) == LARGEST_BODY
+
+
+def test_a_host_mounts_a_door_where_it_likes(narrow: Studio) -> None:
+    """The routers need nothing else of an application to check and to answer as they do."""
+    host = FastAPI()
+    host.include_router(sdapi(narrow, ACCESS), prefix="/a1111")
+    host.include_router(images(narrow, ACCESS, "/api/v1"))
+    with (
+        running(host) as address,
+        openai.OpenAI(base_url=f"{address}/api/v1", api_key="key-1", timeout=PATIENCE) as client,
+    ):
+        assert client.images.generate(prompt="x", extra_body={"num_inference_steps": 1}).data
+        ping = f"{address}/a1111/sdapi/v1/options"
+        assert httpx.get(ping).status_code == 401
+        assert httpx.get(ping, auth=("ann", "paß:word")).status_code == 200
+        with pytest.raises(openai.BadRequestError):
+            client.images.generate(prompt="x", size="big")  # type: ignore[call-overload]  # on purpose
 
 
 def test_a_full_queue_asks_to_come_again(guarded: str, narrow: Studio) -> None:
