@@ -112,7 +112,8 @@ def _invalid(faults: Sequence[tuple[Sequence[object], str]], names: Mapping[str,
     told = []
     for place, said in faults:
         first, *rest = [str(each) for each in place] or [""]
-        where = ".".join([names.get(first, first), *rest])
+        named = not first.isdecimal()  # a number is a place in what is no JSON at all
+        where = ".".join([names.get(first, first), *rest]) if named else ""
         told.append((where, _public(said.removeprefix("Value error, "))))
     words = "; ".join(f"{where}: {said}" if where else said for where, said in told)
     return Refusal(422, words, told[0][0] or None, words)

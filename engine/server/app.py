@@ -58,6 +58,7 @@ def application(
             allow_origins=list(origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Holdfast-Otherwise"],
         )
     if local:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(_HERE))

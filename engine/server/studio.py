@@ -135,7 +135,10 @@ class Studio:
         strict = self.engine.config.strict
         if strict and told:
             first = told[0]
-            msg = f"{first.kind}: {first.asked} is not possible here, but {first.given} would be."
+            msg = (
+                f"{first.kind}: {first.asked} is not possible here. Leave it out; an engine with "
+                f"strict=False would do this instead: {first.given}."
+            )
             raise InvalidRequest(msg)
         return await asyncio.to_thread(self._read, dict(fields), tuple(told), facts, fit, strict)
 

@@ -3,8 +3,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import openai
 import pytest
 from PIL import Image
@@ -144,6 +146,30 @@ def test_what_is_transparent_in_the_mask_is_edited(client: Any) -> None:
     assert edited.crop((72, 0, 96, 96)).tobytes() == Image.new("RGB", (24, 96), "red").tobytes()
     with pytest.raises(openai.BadRequestError, match="transparent"):
         client.images.edit(image=file(image), mask=file(image), prompt=PROMPT)
+
+
+def test_what_is_no_json_names_no_field(address: str) -> None:
+    """Nor does a form without an image name another than that."""
+    head = {"content-type": "application/json"}
+    answer = httpx.post(f"{address}/v1/images/generations", content=b"{prompt", headers=head)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, None)
+    answer = httpx.post(f"{address}/v1/images/edits", data={"prompt": "x"}, files={"y": b"z"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "image")
+
+
+def test_nothing_is_mixed_up(client: Any, engine: Engine) -> None:
+    """Of many requests at once, each gets the image of its own seed, to the bit."""
+
+    def ask(seed: int) -> bytes:
+        extra = {"num_inference_steps": 2, "rng_seed": seed}
+        made = client.images.generate(prompt=PROMPT, size="64x64", extra_body=extra)
+        return picture(made.data[0].b64_json).tobytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(ask, range(12)))
+    small = Txt2Img(prompt=PROMPT, width=64, height=64, steps=2)
+    alone = [engine.run(small.but(seed=seed)).images[0].tobytes() for seed in range(12)]
+    assert together == alone
 
 
 def test_a_stream_ends_with_the_image(client: Any) -> None:
