@@ -54,6 +54,14 @@ def serve(
             "known by address and credentials.",
         ),
     ] = "all",
+    alias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=WORDS",
+            help="A further model for OpenAI's clients: this one, with words added to each prompt, "
+            "as in 'ink=<lora:ink:0.8>'; several.",
+        ),
+    ] = None,
     queue_limit: Annotated[
         int, typer.Option(metavar="N", help="Jobs that may wait; more are sent away: 429.", min=1)
     ] = 16,
@@ -72,6 +80,7 @@ def serve(
             msg = f"serve needs {error.name}: install it with pip install 'holdfast[serve]'."
             raise InvalidRequest(msg) from error
         access = Access(users=_users(api_auth or ()), keys=tuple(api_key or ()))
+        aliases = _aliases(alias or ())
         local = _is_local(host)
         if not local:
             _warn(host, access)
@@ -79,7 +88,7 @@ def serve(
         config = read_config({**given, "strict": False}).but(queue_limit=queue_limit)
         with Engine(config) as engine, _listening(host, port) as listening:
             engine.model_facts()
-            studio = Studio(engine, interrupts=interrupts)
+            studio = Studio(engine, interrupts=interrupts, aliases=aliases)
             app = application(studio, access, origins=cors or (), local=local)
             complain(
                 f"serving {studio.engine.config.model} on {_address(listening)}; Ctrl-C ends it"
@@ -120,6 +129,17 @@ def _users(given: Sequence[str]) -> dict[str, str]:
             raise InvalidRequest(msg)
         users[name] = word
     return users
+
+
+def _aliases(given: Sequence[str]) -> dict[str, str]:
+    aliases = {}
+    for pair in given:
+        name, equals, words = pair.partition("=")
+        if not (name and equals and words):
+            msg = "--alias is NAME=WORDS, as in 'ink=<lora:ink:0.8>'."
+            raise InvalidRequest(msg)
+        aliases[name] = words
+    return aliases
 
 
 def _is_local(host: str) -> bool:

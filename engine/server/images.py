@@ -109,13 +109,13 @@ def openai(studio: Studio, access: Access | None = None, prefix: str = "/v1") ->
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(await studio.facts())]}
+        names = (await studio.facts()).name, *studio.aliases
+        return {"object": "list", "data": [_model(name) for name in names]}
 
     @router.get("/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        facts = await studio.facts()
-        _check_name(name, facts)
-        return _model(facts)
+        _words_of(name, await studio.facts(), studio.aliases)
+        return _model(name)
 
     @router.post("/images/generations", response_model=None)
     async def generations(asked: _Asked, http: Request) -> Response:
@@ -150,7 +150,8 @@ async def _made(
     studio: Studio, asked: _Asked, http: Request, fields: dict[str, Any], kind: str
 ) -> Response:
     facts = await studio.facts()
-    order = await studio.order(fields | _common(asked, facts))
+    words = _words_of(asked.model or "", facts, studio.aliases)
+    order = await studio.order(fields | _common(asked, words))
     if asked.stream:
         job = studio.submit(order, http)  # before the answer has begun
         return _Stream(job, _events(studio, job, asked, kind), _told(order.told))
@@ -191,19 +192,23 @@ class _Stream(StreamingResponse):
             self._job.cancel()
 
 
-def _model(facts: ModelFacts) -> dict[str, Any]:
-    return {"id": facts.name, "object": "model", "created": 0, "owned_by": "holdfast"}
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "holdfast"}
 
 
-def _check_name(name: str, facts: ModelFacts) -> None:
+def _words_of(name: str, facts: ModelFacts, aliases: Mapping[str, str]) -> str:
+    """Return the words that the model of this name adds to prompts."""
+    if name in aliases:
+        return aliases[name]
     if name and name != facts.name and not name.startswith(_DEFAULTS):
-        msg = f"The model {name[:120]!r} does not exist here; there is {facts.name!r}."
+        there = ", ".join((facts.name, *aliases))
+        msg = f"The model {name[:120]!r} does not exist here; there is {there}."
         raise RefusedError(msg, "model", 404)
+    return ""
 
 
-def _common(asked: _Asked, facts: ModelFacts) -> dict[str, Any]:
-    """Return the fields that all requests have, checked."""
-    _check_name(asked.model or "", facts)
+def _common(asked: _Asked, words: str) -> dict[str, Any]:
+    """Return the fields that all requests have, checked; words are added to the prompt."""
     if (asked.response_format or "b64_json") != "b64_json":
         msg = "Images are sent as b64_json alone."
         raise RefusedError(msg, "response_format")
@@ -216,7 +221,7 @@ def _common(asked: _Asked, facts: ModelFacts) -> dict[str, Any]:
     width, height = _size(asked.size)
     seed = asked.rng_seed
     given = {
-        "prompt": asked.prompt,
+        "prompt": f"{asked.prompt} {words}".rstrip() if words else asked.prompt,
         "negative_prompt": asked.negative_prompt,
         "batch": asked.n or 1,
         "steps": asked.num_inference_steps or _STEPS.get(asked.quality or ""),

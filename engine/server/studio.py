@@ -83,6 +83,8 @@ class Studio:
         bounds: How much one request may ask for. None: those of `Bounds`.
         interrupts: Whose jobs a client may stop: ``"all"``, its own first, as in A1111; or
             ``"own"``, known by address and credentials.
+        aliases: Further names of the model for OpenAI's clients, each with words that are added
+            to its prompts, such as ``{"ink": "<lora:ink:0.8>"}``.
     """
 
     def __init__(
@@ -91,8 +93,10 @@ class Studio:
         bounds: Bounds | None = None,
         *,
         interrupts: Literal["all", "own"] = "all",
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
         self.engine = engine
+        self.aliases = dict(aliases or {})
         self._bounds = bounds or Bounds()
         self._interrupts = interrupts
         self._lock = threading.Lock()

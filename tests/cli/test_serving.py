@@ -52,6 +52,7 @@ def test_one_command_serves_this_machine(tiny_ir: Path, tiny_cache: Path, tmp_pa
     [
         (["--api-auth", "ann"], "USER:WORD"),
         (["--host", "203.0.113.1"], "cannot be listened on"),
+        (["--alias", "ink"], "NAME=WORDS"),
         (["--queue-limit", "0"], "queue-limit"),
         (["--interrupts", "none"], "interrupts"),
     ],

@@ -53,7 +53,7 @@ def engine(
 
 @pytest.fixture(scope="module")
 def studio(engine: Engine) -> Iterator[Studio]:
-    studio = Studio(engine)
+    studio = Studio(engine, aliases={"in ink": "<lora:ink:0.8>"})
     yield studio
     studio.close()
 

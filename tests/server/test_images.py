@@ -11,13 +11,14 @@ import openai
 import pytest
 from PIL import Image
 
-from holdfast.engine import Bounds, Cancelled, Img2Img, Txt2Img
+from holdfast.engine import Bounds, Cancelled, Img2Img, Lora, Txt2Img
 from holdfast.engine.server import Studio
 
 from .conftest import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from holdfast.engine import Engine
 
@@ -65,6 +66,39 @@ def test_a_chat_sends_what_it_always_sends(client: Any, form: str, name: str) ->
     assert picture(made.data[0].b64_json).format == name
 
 
+GENERATIONS: dict[str, dict[str, Any]] = {
+    "open webui": {"model": "gpt-image-1", "prompt": PROMPT, "n": 1, "size": "64x64"},
+    "open webui, another model": {"model": "dall-e-2", "prompt": PROMPT, "n": 1, "size": "64x64",
+                                  "response_format": "b64_json"},
+    "librechat": {"model": "gpt-image-1", "prompt": PROMPT, "n": 1, "quality": "auto",
+                  "size": "auto", "background": "auto", "user": "66e1"},
+    "openvino": {"model": "", "prompt": PROMPT, "size": "64x64", "rng_seed": 45,
+                 "negative_prompt": "blue", "guidance_scale": 4.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", GENERATIONS)
+@pytest.mark.parametrize("root", ["v1", "v3"])
+def test_what_programs_send_is_served(program: str, root: str, address: str) -> None:
+    """What each program's source sends gets one image."""
+    body = {**GENERATIONS[program], "num_inference_steps": 2}
+    answer = httpx.post(f"{address}/{root}/images/generations", json=body, timeout=PATIENCE)
+    assert answer.status_code == 200, answer.text
+    assert [picture(each["b64_json"]).size for each in answer.json()["data"]] == [(64, 64)]
+
+
+@pytest.mark.parametrize("part", ["image", "image[]"])
+def test_what_programs_upload_is_edited(part: str, address: str) -> None:
+    """Open WebUI and LibreChat send forms with the image under one of two names."""
+    fields = {"model": "gpt-image-1", "prompt": PROMPT, "n": "1", "size": "64x64",
+              "quality": "auto", "background": "auto", "num_inference_steps": "2"}  # fmt: skip
+    upload = {part: file(Image.new("RGB", (64, 64), "red"))}
+    path = f"{address}/v1/images/edits?api-version=2025-04-01"
+    answer = httpx.post(path, data=fields, files=upload, timeout=PATIENCE)
+    assert answer.status_code == 200, answer.text
+    assert picture(answer.json()["data"][0]["b64_json"]).size == (64, 64)
+
+
 def test_an_upload_is_edited_at_the_nearest_size(client: Any) -> None:
     """An upload of any size is brought to what the model can make, as one part or a list."""
     upload = Image.new("RGB", (70, 61), "red")
@@ -93,10 +127,16 @@ def test_what_is_done_otherwise_is_told(client: Any) -> None:
     assert asked.parse().size == "64x64"
 
 
-def test_a_model_is_found_by_its_name(client: Any, engine: Engine) -> None:
-    """It is the server's own; another one is not found."""
-    name = engine.model_facts().name
-    assert client.models.retrieve(name).id == name
+def test_a_model_is_found_by_its_names(client: Any, engine: Engine, ink: Path) -> None:
+    """It has its own name and its aliases, which add a LoRA; another one is not found."""
+    names = [engine.model_facts().name, "in ink"]
+    assert [each.id for each in client.models.list()] == names
+    assert [client.models.retrieve(each).id for each in names] == names
+    made = client.images.generate(model="in ink", prompt=PROMPT, size="64x64", extra_body=FEW)
+    own = engine.run(
+        Txt2Img(prompt=PROMPT, width=64, height=64, steps=2, seed=7, lora=(Lora(ink, 0.8),))
+    )
+    assert picture(made.data[0].b64_json).tobytes() == own.images[0].tobytes()
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("dream")
 
