@@ -212,7 +212,10 @@ class CompiledPipeline:
         loras: tuple[Lora, ...] | None,
     ) -> Stage:
         uses = None if loras is None else self._resolver.identify(loras, settings.model)
-        return Stage(mode, settings.keys(mode, geometry or self._geometry, uses))
+        keys = settings.keys(mode, geometry or self._geometry, uses)
+        for key in self.store.held.keys() & set(keys.values()):
+            self.store.compiler.check_mapped(key)
+        return Stage(mode, keys)
 
     def plan(self, stages: Sequence[Stage]) -> Plan:
         """Decide what serving these stages takes. No side effect."""

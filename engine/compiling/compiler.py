@@ -20,16 +20,25 @@ from holdfast.engine.compiling.heartbeat import heartbeat
 from holdfast.engine.compiling.keys import DYNAMIC, ComponentKey, GraphKey
 from holdfast.engine.compiling.memory import compiled_bytes, giving_back_pages, private_bytes
 from holdfast.engine.compiling.plan import Cost
-from holdfast.engine.compiling.quantize import KINDS, FusedLora, quantize, quantized_graph
-from holdfast.engine.errors import CompileError
+from holdfast.engine.compiling.quantize import (
+    KINDS,
+    FusedLora,
+    is_whole,
+    quantize,
+    quantized_graph,
+)
+from holdfast.engine.errors import CompileError, ModelSourceError
 from holdfast.engine.graphs.feature_reuse import FEATURES, FRESH, KEPT, reuse_features
 from holdfast.engine.graphs.geglu import split_gates
 from holdfast.engine.graphs.prompt_length import PROMPT, accept_any_prompt_length
+from holdfast.engine.graphs.scaled_norms import WITHOUT_SNIPPETS, has_scaled_norms
 from holdfast.engine.graphs.text_encoder import give_earlier_layers, take_vectors
 from holdfast.engine.graphs.timesteps import accept_fractional_timesteps, embed_timesteps_exactly
 from holdfast.engine.graphs.vae_tiles import STRIDES
 from holdfast.engine.imports import runtime
 from holdfast.engine.lora import LoraLibrary, check, fuse
+from holdfast.engine.models.integrity import Digests
+from holdfast.engine.models.source import is_overwritten, stamp_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,7 +51,7 @@ if TYPE_CHECKING:
     from holdfast.engine.logbook.events import Emitter
     from holdfast.engine.models.diskcache import DiskCache
     from holdfast.engine.models.families import Family, Scale
-    from holdfast.engine.models.source import ModelFolder
+    from holdfast.engine.models.source import ModelFolder, Stamp
 
 
 @dataclass(frozen=True)
@@ -124,12 +133,14 @@ class Compiler:
         self._sources: dict[str, Source] = {}
         self._sizes: dict[tuple[Path, int], int] = {}
         self._graphs: dict[GraphKey, ov.Model] = {}
+        self._digests = Digests(cache.root / "digests.json", emit)
+        self._whole: dict[GraphKey, Stamp] = {}
         self._holds = cache.holds()
 
     @property
     def graphs(self) -> frozenset[GraphKey]:
-        """The graphs that are read."""
-        return frozenset(self._graphs)
+        """The graphs that are read, and may be used."""
+        return frozenset(key for key in self._graphs if not self._is_damaged(key))
 
     def know_source(self, fingerprint: str, source: Source) -> None:
         """Tell where the graph of the source that keys name so comes from."""
@@ -139,7 +150,7 @@ class Compiler:
         """Tell whether a component's graph must be quantized before it can be read."""
         if not _is_cached(key.graph):
             return False
-        return not key.is_seen or not self._file(key.graph).is_file()
+        return not key.is_seen or not self._is_whole(key.graph)
 
     def price(self, action: Action, key: ComponentKey) -> Cost:
         """Return what an action is expected to take; nothing is known of what is not here yet."""
@@ -173,6 +184,7 @@ class Compiler:
             graph = self.core.read_model(self._file(GraphKey(key.source)))
             for use in key.lora:
                 check(self.loras.content(use), key.component, graph, use.strength)
+        self._graphs.pop(key.graph, None)
         self._hold(key.graph)
         with self._timed("quantize", key):
             quantize(*self._recipe(key.graph), self._cache.root, self._emit)
@@ -184,6 +196,7 @@ class Compiler:
 
         Raises:
             CompileError: The file cannot be read.
+            ModelSourceError: It was changed since it was planned for.
             Cancelled: The checkpoint said so.
         """
         self._checkpoint("read")
@@ -232,8 +245,25 @@ class Compiler:
         """
         with compile_errors(key):
             graph = self._graph(key)
-            self._check_mapped(key)
+            self.check_mapped(key)
             return self._compile(self._fuse(graph, key) if key.fused else graph, key)
+
+    def check_mapped(self, key: ComponentKey) -> None:
+        """
+        Make sure that the weights of a graph that was read, which lie in the file, are the same.
+
+        Raises:
+            ModelSourceError: They were written into.
+        """
+        source = self._sources[key.source]
+        if not _is_cached(key.graph):
+            source.folder.check_mapped(source.component)
+        elif self._is_damaged(key.graph):
+            msg = (
+                f"{self._file(key.graph).parent}, the 8-bit {key.component}, was written into "
+                "while the engine read from it. Call unload(), and ask again: it is computed anew."
+            )
+            raise ModelSourceError(msg)
 
     def forget(self, sources: frozenset[str] = frozenset()) -> None:
         """Give up every graph of a source that is not among `sources`."""
@@ -281,7 +311,7 @@ class Compiler:
             compiled, cached = self._compiled(shaped, key)
             self._checkpoint("check")
             self._try(compiled, key)
-            self._check_mapped(key)
+            self.check_mapped(key)
             component = Component(
                 key,
                 compiled,
@@ -301,6 +331,8 @@ class Compiler:
     def _compiled(self, graph: ov.Model, key: ComponentKey) -> tuple[ov.CompiledModel, bool]:
         """Return the compiled model, and whether its blob was on disk."""
         properties = dict(key.properties)
+        if _is_static(key) and properties[PRECISION] == "f32" and has_scaled_norms(graph):
+            properties |= WITHOUT_SNIPPETS
         if not self._blobs_for(key.device):
             compiled = self.core.compile_model(graph, key.device, properties)
             return compiled, in_force(compiled, "LOADED_FROM_CACHE") == "True"
@@ -312,21 +344,40 @@ class Compiler:
             except RuntimeError as error:
                 self._cache.drop_blob(name, f"OpenVINO refused it: {last_line(error)}")
         compiled = self.core.compile_model(graph, key.device, properties)
-        self._check_mapped(key)
+        self.check_mapped(key)
         self._cache.write_blob(name, compiled.export_model().getvalue())
         return compiled, False
 
     def _check_unchanged(self, key: ComponentKey) -> None:
         """Refuse a graph that is no longer the one that the key names."""
+        source = self._sources[key.source]
         if not _is_cached(key.graph):
-            source = self._sources[key.source]
             source.folder.check_unchanged(source.component)
+            return
+        self.check_mapped(key)
+        if not self._is_whole(key.graph):
+            msg = (
+                f"{self._file(key.graph).parent}, the 8-bit {key.component}, was changed since it "
+                "was computed. Ask again: it is computed anew."
+            )
+            raise ModelSourceError(msg)
 
-    def _check_mapped(self, key: ComponentKey) -> None:
-        """Refuse a graph whose weights, which lie in the file until they are compiled, changed."""
-        if not _is_cached(key.graph):
-            source = self._sources[key.source]
-            source.folder.check_mapped(source.component)
+    def _is_whole(self, graph: GraphKey) -> bool:
+        """Tell whether a graph of the cache is there as it was computed."""
+        file = self._file(graph)
+        stamp = stamp_of(file.parent)
+        if self._whole.get(graph) == stamp:
+            return True
+        if is_whole(file, self._digests):
+            self._whole[graph] = stamp
+            return True
+        return False
+
+    def _is_damaged(self, graph: GraphKey) -> bool:
+        """Tell whether what was read of the cache and is mapped since was written into."""
+        return is_overwritten(self._whole.get(graph, {}), self._file(graph).parent) and (
+            not self._is_whole(graph)
+        )
 
     def _blobs_for(self, device: str) -> bool:
         if not is_physical(device):
@@ -407,6 +458,11 @@ def _shaped(graph: ov.Model, key: ComponentKey, family: Family) -> ov.Model:
         graph = graph.clone()
         graph.reshape(dict(_static_shapes(graph, key, family)))
     return graph
+
+
+def _is_static(key: ComponentKey) -> bool:
+    """Whether it is for the CPU, and for one size alone."""
+    return key.device == "CPU" and key.shape != DYNAMIC and key.shape not in STRIDES
 
 
 def _grown(before: int | None, after: int | None) -> int | None:

@@ -21,12 +21,13 @@ from holdfast.engine.errors import LoraError, ModelSourceError
 from holdfast.engine.graphs.timesteps import accept_fractional_timesteps
 from holdfast.engine.imports import heavy, quiet
 from holdfast.engine.lora import Strength, fuse, read_lora
+from holdfast.engine.models.atomic_files import discard
 from holdfast.engine.models.child_process import ChildError, Progress, receive, run_child
 from holdfast.engine.models.diskcache import build_once
 from holdfast.engine.models.export import export_told
 from holdfast.engine.models.families import family_of
-from holdfast.engine.models.integrity import read_json
-from holdfast.engine.models.source import GRAPH, INDEX
+from holdfast.engine.models.integrity import Digests, read_json
+from holdfast.engine.models.source import GRAPH, INDEX, WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,8 @@ EXPANDED = "Convolution"
 # Without VNNI a CPU adds products of 8 bits in 16, which overflow. Weights of half the range cost
 # little, and make images of one quality on every CPU.
 OVERFLOW_FIX = "enable"
+_SEAL = "digest"
+"""A file beside the graph, with the digest of what was computed."""
 
 
 class FusedLora(msgspec.Struct, frozen=True):
@@ -113,11 +116,31 @@ def quantized_graph(
     return cache_dir / "exports" / order.fingerprint(denoiser) / GRAPH
 
 
+def is_whole(graph: Path, digests: Digests) -> bool:
+    """
+    Tell whether a graph that `quantize` made is there, as it was made.
+
+    Args:
+        graph: Its ``.xml``.
+        digests: Of the same cache: what did not change since is not read again.
+    """
+    try:
+        return (graph.parent / _SEAL).read_bytes() == _digest(graph.parent, digests)
+    except OSError:
+        return False
+
+
+def _digest(folder: Path, digests: Digests) -> bytes:
+    return digests.of((folder / GRAPH, folder / WEIGHTS), folder).encode()
+
+
 def quantize(
     model: ModelFolder, kind: Kind, loras: tuple[FusedLora, ...], cache_dir: Path, emit: Emit
 ) -> Path:
     """
     Return the 8-bit graph of a model's denoiser; the first time this takes minutes.
+
+    One that was cut or changed since is thrown away, and computed again.
 
     Args:
         model: Of any family.
@@ -125,7 +148,7 @@ def quantize(
         loras: Fused before: what is quantized, and observed, is the denoiser with them.
         cache_dir: Where it is kept, below ``exports``, under a digest of the denoiser, `kind`,
             `loras` and how its ranges are observed.
-        emit: Told ``export.*`` where there is work to do.
+        emit: Told ``export.*`` where there is work to do, and ``cache.discarded``.
 
     Returns:
         The graph's ``.xml``.
@@ -135,6 +158,7 @@ def quantize(
         Cancelled: The job that this is done for was asked to stop.
     """
     graph = quantized_graph(model, kind, loras, cache_dir)
+    digests = Digests(cache_dir / "digests.json", emit)
     names = "".join(f" + {Path(lora.path).stem}@{lora.strength}" for lora in loras)
 
     def build(scratch: Path) -> None:
@@ -150,7 +174,12 @@ def quantize(
                     "for free memory."
                 )
                 raise ModelSourceError(msg) from error
+            (scratch / _SEAL).write_bytes(_digest(scratch, digests))
 
+    if graph.parent.is_dir() and not is_whole(graph, digests):
+        why = "not the 8-bit graph that was computed, or damaged"
+        emit("cache.discarded", level="warning", entry=graph.parent.name, why=why)
+        discard(graph.parent)
     build_once(graph.parent, build)
     return graph
 

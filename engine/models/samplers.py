@@ -74,7 +74,7 @@ class Samplers:
             return False
         trained = self._typed.num_train_timesteps
         longest = trained // 4
-        if class_name == "LCMScheduler":
+        if class_name in ("LCMScheduler", "TCDScheduler"):
             longest = min(trained, self._typed.original_inference_steps)
         return schedule_length(steps, strength) <= longest
 

@@ -14,7 +14,7 @@ import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from holdfast.engine.errors import ModelSourceError
 from holdfast.engine.models import hub
@@ -67,9 +67,7 @@ class ModelFolder:
     fingerprint: str
     config: Mapping[str, Any] = field(repr=False)
     component_fingerprints: Mapping[str, str] = field(repr=False)
-    stamps: Mapping[str, Mapping[str, _Status]] = field(
-        repr=False, compare=False, default_factory=dict
-    )
+    stamps: Mapping[str, Stamp] = field(repr=False, compare=False, default_factory=dict)
 
     @property
     def class_name(self) -> str:
@@ -91,7 +89,7 @@ class ModelFolder:
     @property
     def is_unchanged(self) -> bool:
         """Whether every component's files are still those that it was identified by."""
-        return all(_stamp(self.path / name) == stamp for name, stamp in self.stamps.items())
+        return all(stamp_of(self.path / name) == stamp for name, stamp in self.stamps.items())
 
     def check_unchanged(self, name: str) -> None:
         """
@@ -100,7 +98,7 @@ class ModelFolder:
         Raises:
             ModelSourceError: Its files were replaced, changed or removed since.
         """
-        if name in self.stamps and _stamp(self.path / name) != self.stamps[name]:
+        if name in self.stamps and stamp_of(self.path / name) != self.stamps[name]:
             msg = (
                 f"{self.path / name} was changed while the engine was at work on it. Ask again, to "
                 "use what is there now."
@@ -132,10 +130,7 @@ class ModelFolder:
             raise ModelSourceError(msg)
 
     def _is_overwritten(self, name: str) -> bool:
-        then, now = self.stamps.get(name, {}).get(WEIGHTS), _stamp(self.path / name).get(WEIGHTS)
-        if then is None or now is None:
-            return False
-        return then.inode == now.inode and then != now
+        return is_overwritten(self.stamps.get(name, {}), self.path / name)
 
 
 class _Status(NamedTuple):
@@ -144,7 +139,11 @@ class _Status(NamedTuple):
     changed_ns: int
 
 
-def _stamp(folder: Path) -> dict[str, _Status]:
+Stamp: TypeAlias = "Mapping[str, _Status]"
+"""Of a component's files by name: what changes when they do."""
+
+
+def stamp_of(folder: Path) -> Stamp:
     """Return what changes when a component's files do, without reading them; of what is there."""
     stamps = {}
     for file in _component_files(folder):
@@ -152,6 +151,12 @@ def _stamp(folder: Path) -> dict[str, _Status]:
             status = file.stat()
             stamps[file.name] = _Status(status.st_ino, status.st_size, status.st_mtime_ns)
     return stamps
+
+
+def is_overwritten(then: Stamp, folder: Path) -> bool:
+    """Tell whether a component's weights were written into since, where they are not new ones."""
+    was, now = then.get(WEIGHTS), stamp_of(folder).get(WEIGHTS)
+    return was is not None and now is not None and was.inode == now.inode and was != now
 
 
 def _component_files(folder: Path) -> tuple[Path, ...]:
@@ -447,7 +452,7 @@ def _identified(folder: Path, digests: Digests, role: Role) -> ModelFolder:
     names = _check(folder, role)
     index = folder / INDEX
     config = read_index(index) if index.is_file() else {"_class_name": LONE_VAE}
-    stamps = {name: _stamp(folder / name) for name in names}
+    stamps = {name: stamp_of(folder / name) for name in names}
     fingerprints = {
         name: digests.of(_component_files(folder / name), folder / name) for name in names
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from holdfast.engine.errors import InvalidRequest
 from holdfast.engine.passes.images import as_rgb
@@ -20,7 +20,7 @@ from holdfast.engine.requests.detail import Detail
 from holdfast.engine.requests.hires import Hires
 from holdfast.engine.requests.img2img import Img2Img
 from holdfast.engine.requests.inpaint import Inpaint
-from holdfast.engine.requests.schedulers import SCHEDULERS, with_schedule
+from holdfast.engine.requests.schedulers import SCHEDULERS, check_eta, with_schedule
 from holdfast.engine.requests.txt2img import Txt2Img
 from holdfast.engine.requests.upscalers import UPSCALERS, upscale_image
 from holdfast.engine.requests.values import SEEDS
@@ -155,7 +155,9 @@ def passes_of(
         passes += _details(request.detail, likewise, size, models(last.model))
     for each in passes:
         models(each.model).check_size(each.width, each.height)
-    return tuple(replace(each, number=number) for number, each in enumerate(passes, start=1))
+    return tuple(
+        replace(each, number=number, eta=_eta(each)) for number, each in enumerate(passes, start=1)
+    )
 
 
 def _plain(
@@ -166,6 +168,8 @@ def _plain(
     if isinstance(request, Detail):
         request = _as_plain(request)
     scheduler = _scheduler(request, config, model)
+    if request.eta is not None:
+        _check(check_eta, model.scheduler_label(scheduler))
     return PassSpec(
         number=1,
         mode=Mode.TXT2IMG,
@@ -182,6 +186,7 @@ def _plain(
         loras=request.lora,
         clip_skip=request.clip_skip,
         guidance_rescale=request.guidance_rescale,
+        eta=request.eta,
         variation=_variation(request, model),
         images_per_inference=config.images_per_inference or (1 if on_cpu else len(seeds)),
         speed=request.speed,
@@ -307,10 +312,21 @@ def _scheduler(request: Drawn, config: EngineConfig, model: Model) -> str | None
             "which has none but its own. Ask for a scheduler as well."
         )
         raise InvalidRequest(msg)
+    return _check(with_schedule, own, request.schedule)
+
+
+def _check(made: Callable[..., T], *arguments: Any) -> T:
+    """Return what is made, or say why the request cannot be."""
     try:
-        return with_schedule(own, request.schedule)
+        return made(*arguments)
     except ValueError as error:
         raise InvalidRequest(f"{error}.") from error
+
+
+def _eta(spec: PassSpec) -> float | None:
+    """Return the share of fresh noise of a pass: as asked for, where its sampler takes one."""
+    usual = SCHEDULERS[spec.sampler].eta if spec.sampler in SCHEDULERS else None
+    return None if usual is None else _given(spec.eta, usual)
 
 
 def _variation(request: Drawn, model: Model) -> Variation:

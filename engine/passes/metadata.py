@@ -102,6 +102,8 @@ def _recipe_facts(request: Txt2Img | Img2Img | Inpaint | Hires) -> dict[str, obj
         facts["Clip skip"] = request.clip_skip
     if request.guidance_rescale:
         facts["CFG Rescale phi"] = f"{request.guidance_rescale:g}"
+    if request.eta is not None:
+        facts["Eta"] = f"{request.eta:g}"
     if request.variation_strength:
         facts["Variation seed"] = request.variation_seed
         facts["Variation seed strength"] = f"{request.variation_strength:g}"

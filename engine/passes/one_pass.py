@@ -77,6 +77,7 @@ class PassSpec:
         chunks: Of the prompt, as the denoiser is told it.
         clip_skip: Layer of the text encoders that is read, from the end; None: the model's own.
         guidance_rescale: Share of guidance's gain in contrast that is taken back.
+        eta: Share of fresh noise in each step; None where the sampler takes none.
         variation: What is made of the seeds' noise.
         images_per_inference: How many go through the denoiser at once, at most.
         region: What of each picture it redraws, or None.
@@ -102,6 +103,7 @@ class PassSpec:
     chunks: int = 1
     clip_skip: int | None = None
     guidance_rescale: float = 0.0
+    eta: float | None = None
     variation: Variation = THE_SEEDS_OWN
     images_per_inference: int = 1
     region: Region | None = None
@@ -225,6 +227,7 @@ def run_pass(
                     **embedded,
                     **{family.guidance.argument: spec.guidance},
                     **family.settings,
+                    **({} if spec.eta is None else {"eta": spec.eta}),
                     generator=generators,
                     callback_on_step_end=at_step_end,
                 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from holdfast.engine.errors import InvalidRequest
 from holdfast.engine.passes.vocabulary import SPECIAL_TOKENS, vocabulary
@@ -15,7 +16,10 @@ from holdfast.engine.prompts.tags import find_lora, read_tag
 from holdfast.engine.requests.lora import Lora
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from holdfast.engine.models.model import Model
     from holdfast.engine.passes.one_pass import PassSpec
@@ -159,8 +163,8 @@ class PromptReader:
             ModelSourceError: The tokenizer cannot be read.
         """
         words = self.words(model, encoder)
-        width = model.text_width(encoder)
-        units = _units(spans, words, reading.embeddings, width)
+        fitting = partial(_fitting, encoder=encoder, width=model.text_width(encoder))
+        units = _units(spans, words, reading.embeddings, fitting)
         return in_chunks(units, model.scale.tokens - SPECIAL_TOKENS, words.comma)
 
     def clear(self) -> None:
@@ -206,7 +210,10 @@ def _lora(tag: str, config: EngineConfig, model: Model) -> Lora:
 
 
 def _units(
-    spans: Sequence[Span], words: Vocabulary, embeddings: Mapping[str, Embedding], width: int
+    spans: Sequence[Span],
+    words: Vocabulary,
+    embeddings: Mapping[str, Embedding],
+    fitting: Callable[[Embedding], NDArray[np.float32]],
 ) -> Iterator[Unit | None]:
     """Yield the tokens and vectors of a prompt."""
     for span in spans:
@@ -217,11 +224,11 @@ def _units(
             if isinstance(part, str):
                 yield from (Unit(token, span.weight) for token in words.ids(part))
             else:
-                yield Unit(0, span.weight, _fitting(part, width))
+                yield Unit(0, span.weight, fitting(part))
 
 
-def _fitting(embedding: Embedding, width: int) -> Any:
-    vectors = embedding.of_width(width)
+def _fitting(embedding: Embedding, encoder: str, width: int) -> NDArray[np.float32]:
+    vectors = embedding.fitting(encoder, width)
     if vectors is None:
         widths = sorted({rows.shape[1] for rows in embedding.vectors.values()})
         msg = (

@@ -36,9 +36,14 @@ class Embedding:
     digest: str
     vectors: Mapping[str, NDArray[np.float32]]
 
-    def of_width(self, width: int) -> NDArray[np.float32] | None:
-        """Return the vectors for a text encoder of this width; None where it has none."""
-        return next((rows for rows in self.vectors.values() if rows.shape[1] == width), None)
+    def fitting(self, encoder: str, width: int) -> NDArray[np.float32] | None:
+        """Return the vectors for a text encoder of this name and width; None where it has none."""
+        rows = self.vectors.get(_NAMES.get(encoder, ""))
+        of_this_width = (each for each in (rows, *self.vectors.values()) if each is not None)
+        return next((each for each in of_this_width if each.shape[1] == width), None)
+
+
+_NAMES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
 class EmbeddingLibrary:

@@ -10,7 +10,12 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from holdfast.engine.requests.detail import Detail
 from holdfast.engine.requests.lora import Lora
 from holdfast.engine.requests.pictures import several
-from holdfast.engine.requests.schedulers import check_schedule, check_scheduler, with_schedule
+from holdfast.engine.requests.schedulers import (
+    check_eta,
+    check_schedule,
+    check_scheduler,
+    with_schedule,
+)
 from holdfast.engine.requests.values import SEEDS, Guidance, Seed, Side, Speed, Steps, Value
 
 
@@ -28,6 +33,7 @@ class Prompted(Value):
     lora: tuple[Lora, ...] | None = None
     clip_skip: Annotated[int, Field(ge=1, le=32)] | None = None
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None
     variation_seed: Seed | None = None
     variation_strength: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed_resize: tuple[Side, Side] | None = None
@@ -57,6 +63,8 @@ class Prompted(Value):
     def _possible_schedule(self) -> Self:
         if self.scheduler is not None:
             with_schedule(self.scheduler, self.schedule)
+            if self.eta is not None:
+                check_eta(self.scheduler)
         return self
 
     @model_validator(mode="after")

@@ -75,6 +75,7 @@ class Txt2ImgFields(TypedDict, total=False):
     lora: Sequence[Lora] | None
     clip_skip: int | None
     guidance_rescale: float
+    eta: float | None
     variation_seed: int | None
     variation_strength: float
     seed_resize: Sequence[int] | None
@@ -98,6 +99,7 @@ class Img2ImgOptional(TypedDict, total=False):
     lora: Sequence[Lora] | None
     clip_skip: int | None
     guidance_rescale: float
+    eta: float | None
     variation_seed: int | None
     variation_strength: float
     seed_resize: Sequence[int] | None
@@ -135,6 +137,7 @@ class InpaintOptional(TypedDict, total=False):
     lora: Sequence[Lora] | None
     clip_skip: int | None
     guidance_rescale: float
+    eta: float | None
     variation_seed: int | None
     variation_strength: float
     seed_resize: Sequence[int] | None
@@ -178,6 +181,7 @@ class HiresFields(TypedDict, total=False):
     lora: Sequence[Lora] | None
     clip_skip: int | None
     guidance_rescale: float
+    eta: float | None
     variation_seed: int | None
     variation_strength: float
     seed_resize: Sequence[int] | None

@@ -23,12 +23,14 @@ class SchedulerSpec:
         label: Name in A1111's infotext.
         options: What it chooses beside the facts of the model's training.
         schedules: Keys of `SCHEDULES` that the sampler can run.
+        eta: Its usual share of fresh noise in each step; None where it takes no such share.
     """
 
     class_name: str
     label: str
     options: Mapping[str, Any] = field(default_factory=dict)
     schedules: tuple[str, ...] = ()
+    eta: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ SAMPLERS: Mapping[str, SchedulerSpec] = MappingProxyType({
     "euler-a": SchedulerSpec("EulerAncestralDiscreteScheduler", "Euler a", {}, _SPACED),
     "heun": SchedulerSpec("HeunDiscreteScheduler", "Heun", {}, (*_BY_SIGMAS, *_SPACED)),
     "lms": SchedulerSpec("LMSDiscreteScheduler", "LMS", {}, (*_BY_SIGMAS, *_SPACED)),
-    "ddim": SchedulerSpec("DDIMScheduler", "DDIM", {}, _SPACED),
+    "ddim": SchedulerSpec("DDIMScheduler", "DDIM", {}, _SPACED, eta=0.0),
     "ddpm": SchedulerSpec("DDPMScheduler", "DDPM", {}, _SPACED),
     "pndm": SchedulerSpec("PNDMScheduler", "PLMS", {"skip_prk_steps": True}, _SPACED),
     "dpm++2m": SchedulerSpec("DPMSolverMultistepScheduler", "DPM++ 2M", {}, _MULTISTEP),
@@ -79,6 +81,7 @@ SAMPLERS: Mapping[str, SchedulerSpec] = MappingProxyType({
     "unipc": SchedulerSpec("UniPCMultistepScheduler", "UniPC", {}, (*_BY_SIGMAS, *_SPACED)),
     "deis": SchedulerSpec("DEISMultistepScheduler", "DEIS", {}, (*_BY_SIGMAS, *_SPACED)),
     "lcm": SchedulerSpec("LCMScheduler", "LCM"),
+    "tcd": SchedulerSpec("TCDScheduler", "TCD", eta=0.3),
     "flow-euler": SchedulerSpec(
         "FlowMatchEulerDiscreteScheduler", "Euler FlowMatch", {}, _BY_SIGMAS
     ),
@@ -171,6 +174,19 @@ def with_schedule(scheduler: str, schedule: str | None) -> str:
         msg = f"the scheduler {sampler!r} cannot run the schedule {schedule!r}; it can run {can}"
         raise ValueError(msg)
     return f"{sampler}-{schedule}"
+
+
+def check_eta(scheduler: str) -> None:
+    """
+    Make sure that a sampler takes a share of fresh noise.
+
+    Raises:
+        ValueError: It takes none; the text says which do.
+    """
+    if scheduler not in SCHEDULERS or SCHEDULERS[scheduler].eta is None:
+        taking = " and ".join(repr(name) for name, spec in SAMPLERS.items() if spec.eta is not None)
+        msg = f"eta: the scheduler {scheduler!r} takes none; {taking} do"
+        raise ValueError(msg)
 
 
 def short_name(class_name: str, settings: Mapping[str, Any] | None = None) -> str | None:

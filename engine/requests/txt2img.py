@@ -38,6 +38,9 @@ class Txt2Img(Drawn):
             1 is the last one. None: the model's own, 1 for SD and 2 for SDXL.
         guidance_rescale: Share of guidance's gain in contrast that is taken back, 0 to 1 (Lin et
             al. 2023, arXiv:2305.08891).
+        eta: Share of fresh noise in each step, 0 to 1, of the samplers ``"ddim"`` (Song et al.
+            2020, arXiv:2010.02502, equation 16) and ``"tcd"`` (gamma of Zheng et al. 2024,
+            arXiv:2402.19159). None: the sampler's usual one, 0 and 0.3.
         variation_seed: Of the noise that each image's own is turned towards; the same for all
             images of a batch. Of both passes of a hires run.
         variation_strength: How far, 0 to 1; 1 is all the way.

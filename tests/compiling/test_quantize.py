@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from holdfast.engine.compiling.quantize import KINDS, FusedLora, quantize
+from holdfast.engine.compiling.quantize import KINDS, FusedLora, is_whole, quantize
 from holdfast.engine.errors import ModelSourceError
 from holdfast.engine.imports import runtime
 from holdfast.engine.lora import Strength, fuse, read_lora
+from holdfast.engine.models.integrity import Digests
 from holdfast.engine.models.source import resolve
 
 if TYPE_CHECKING:
@@ -138,6 +140,25 @@ def test_it_is_computed_once(
     told: list[str] = []
     assert quantize(model, kind, (), cache, lambda event, **_: told.append(event)) == graph
     assert told == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "weights gone", "digest gone"])
+def test_a_damaged_one_is_not_whole(
+    quantized: tuple[str, Path, list[Any]], tmp_path: Path, damage: str
+):
+    """A copy is whole; a cut or changed file is told by its content, and a missing one too."""
+    copied = shutil.copytree(quantized[1].parent, tmp_path / "copied")
+    digests = Digests(tmp_path / "digests.json", lambda *_, **__: None)
+    assert is_whole(copied / "openvino_model.xml", digests)
+    weights = copied / "openvino_model.bin"
+    whole = weights.read_bytes()
+    if damage == "cut":
+        os.truncate(weights, len(whole) // 2)
+    elif damage == "changed":
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    else:
+        (weights if damage == "weights gone" else copied / "digest").unlink()
+    assert not is_whole(copied / "openvino_model.xml", digests)
 
 
 def test_a_failure_says_what_was_asked_and_leaves_nothing(model: ModelFolder, tmp_path: Path):

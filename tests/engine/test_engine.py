@@ -364,17 +364,26 @@ def gradient(mode: str) -> Image.Image:
     ramp = np.tile(np.linspace(0, 1, 64), (64, 1))
     if mode == "I;16":
         return Image.fromarray((ramp * 65535).astype(np.uint16))
-    return Image.fromarray((ramp * 255).astype(np.uint8)).convert(mode)
+    if mode == "F":
+        return Image.fromarray((ramp * 255).astype(np.float32))
+    grey = Image.fromarray((ramp * 255).astype(np.uint8))
+    return grey.convert("RGBA").convert(mode) if mode == "RGBa" else grey.convert(mode)
 
 
-@pytest.mark.parametrize("mode", ["L", "I;16", "RGBA", "P", "CMYK", "LA", "1"])
-def test_images_of_every_mode_are_taken(open_engine: Open, mode: str) -> None:
-    """Img2img takes greyscale, 16-bit, palette and transparent images as a person expects."""
+@pytest.mark.parametrize(
+    "mode",
+    ["L", "I;16", "F", "RGBA", "RGBa", "P", "PA", "CMYK", "YCbCr", "HSV", "LA", "1"],
+)
+def test_images_of_every_mode_are_taken(open_engine: Open, mode: str, tmp_path: Path) -> None:
+    """Img2img takes grey, deep, palette and transparent images as a person expects, and saves."""
     plain = Img2Img(image=gradient("RGB"), steps=1, seed=1, strength=0.1)
     engine = open_engine()
     expected = np.asarray(engine.run(plain).images[0], np.float64)
-    given = np.asarray(engine.run(plain.but(image=gradient(mode))).images[0], np.float64)
+    result = engine.run(plain.but(image=gradient(mode)))
+    given = np.asarray(result.images[0], np.float64)
     assert np.abs(given - expected).mean() < (80 if mode == "1" else 3)
+    (saved,) = result.save(tmp_path / "saved.png", metadata="full")
+    assert pixels(Image.open(saved)) == pixels(result.images[0])
 
 
 def test_transparency_lies_on_white_and_exif_turns(open_engine: Open, tmp_path: Path) -> None:

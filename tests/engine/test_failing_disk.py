@@ -83,6 +83,47 @@ def test_weights_that_are_mapped_may_be_replaced_but_not_cut(
     assert pixels(engine.run(Txt2Img(**SMALL))) == wanted
 
 
+def test_an_8_bit_graph_that_is_cut_is_refused_and_computed_again(
+    open_engine: Open, tiny_ir: Path, tmp_path: Path
+) -> None:
+    """
+    One that is cut in the cache while an engine has it mapped is refused before it is read, which
+    would end the process; after an unload, and by the next engine, it is computed again. Removed
+    or replaced by its like it is mapped as it was, and read again where that is needed.
+    """
+    cache = tmp_path / "cache"
+    engine = open_engine(model=tiny_ir, precision="int8-weights", cache_dir=cache)
+    wanted = pixels(engine.run(Txt2Img(**SMALL)))
+    (weights,) = cache.glob("exports/*/openvino_model.bin")
+    whole = weights.read_bytes()
+
+    os.truncate(weights, len(whole) // 2)
+    for work in (engine.recompile, lambda: engine.run(Txt2Img(**SMALL))):
+        with pytest.raises(ModelSourceError, match=r"was written into while.*unload\(\)"):
+            work()
+    assert engine.state is State.COMPILED_TXT2IMG
+    log = record(engine)
+    engine.unload()
+    foreseen = [step for step in engine.plan(Txt2Img(**SMALL)).steps if step.subject == "unet"]
+    assert [step.action for step in foreseen] == ["quantize", "read", "compile"]
+    assert pixels(engine.run(Txt2Img(**SMALL))) == wanted
+    assert [event["entry"] for event in log.events("cache.discarded")] == [weights.parent.name]
+    assert not log.events("plan.missed")
+    assert weights.read_bytes() == whole
+
+    weights.with_suffix(".new").write_bytes(whole)
+    weights.with_suffix(".new").replace(weights)
+    assert pixels(engine.run(Txt2Img(**SMALL))) == wanted
+    engine.recompile()
+    assert len(log.events("export.started")) == 1
+    assert not log.events("plan.missed")
+
+    engine.close()
+    os.truncate(weights, len(whole) // 2)
+    other = open_engine(model=tiny_ir, precision="int8-weights", cache_dir=cache)
+    assert pixels(other.run(Txt2Img(**SMALL))) == wanted
+
+
 def test_a_full_disk_stops_no_request(
     open_engine: Open, tiny_ir: Path, tmp_path: Path, full_disk: Callable[..., Any]
 ) -> None:

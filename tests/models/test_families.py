@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from holdfast.engine import Hires, Txt2Img
 from holdfast.engine.graphs.timesteps import accept_fractional_timesteps, embed_timesteps_exactly
@@ -127,10 +128,17 @@ def test_hires_equals_diffusers(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("clip_skip", [None, 3])
 def test_two_text_encoders_read_a_long_weighted_prompt(
-    open_engine: Callable[..., Engine], family: Callable[[str], Path]
+    open_engine: Callable[..., Engine],
+    family: Callable[[str], Path],
+    tmp_path: Path,
+    clip_skip: int | None,
 ) -> None:
-    """SDXL draws what diffusers draws from rows of both encoders, pooled from the first chunk."""
+    """
+    SDXL draws what diffusers draws from rows of both encoders, of the layer that is asked for (the
+    last but one), pooled from the first chunk; of an embedding each encoder reads its own vectors.
+    """
     heavy()
     import diffusers
     import torch
@@ -139,14 +147,29 @@ def test_two_text_encoders_read_a_long_weighted_prompt(
     with quiet():
         pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
         pipeline.set_progress_bar_config(disable=True)
-    chunks = [[("a large", 1), ("red", 1.4), ("circle", 1)], [("on a blue background", 1)]]
+    rng = np.random.default_rng(4)
+    vectors = {n: rng.standard_normal((1, 32)).astype(np.float32) for n in ("clip_g", "clip_l")}
+    save_file(vectors, tmp_path / "ink.safetensors")
+    ink = 5  # a token that no prompt has
+    chunks = [
+        [("a large", 1), ("red", 1.4), (ink, 1.2), ("circle", 1)],
+        [("on a blue background", 1)],
+    ]
     wide, pooled = [], None
-    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+    for encoder, name in (
+        (pipeline.text_encoder, "clip_l"),
+        (pipeline.text_encoder_2, "clip_g"),
+    ):
+        encoder.get_input_embeddings().weight.data[ink] = torch.from_numpy(vectors[name][0])
         rows = []
         for number, chunk in enumerate(chunks):
             ids, weights = [pipeline.tokenizer.bos_token_id], [1.0]
-            for text, weight in chunk:
-                words = pipeline.tokenizer(text, add_special_tokens=False).input_ids
+            for said, weight in chunk:
+                words = (
+                    [said]
+                    if said == ink
+                    else pipeline.tokenizer(said, add_special_tokens=False).input_ids
+                )
                 ids, weights = ids + words, weights + [weight] * len(words)
             left = 77 - len(ids)
             ids += [pipeline.tokenizer.eos_token_id] + [pipeline.tokenizer.pad_token_id] * (
@@ -154,7 +177,7 @@ def test_two_text_encoders_read_a_long_weighted_prompt(
             )
             with torch.no_grad():
                 out = encoder(torch.tensor([ids]), output_hidden_states=True)
-            z = out.hidden_states[-2]
+            z = out.hidden_states[-(clip_skip or 2)]
             weighed = z * torch.tensor(weights + [1.0] * left)[None, :, None]
             rows.append(weighed * z.mean() / weighed.mean() if weighed.mean().abs() > 1e-5 else z)
             pooled = out[0] if number == 0 and encoder is pipeline.text_encoder_2 else pooled
@@ -167,10 +190,12 @@ def test_two_text_encoders_read_a_long_weighted_prompt(
             width=64, height=64, num_inference_steps=STEPS, guidance_scale=4.0,
             generator=torch.Generator().manual_seed(3),
         ).images[0]  # fmt: skip
-    engine = open_engine(model=folder, precision="f32")
-    ours = engine.run(Txt2Img(
-        prompt="a large (red:1.4) circle BREAK on a blue background", width=64, height=64,
-        steps=STEPS, guidance=4.0, seed=3,
-    )).images[0]  # fmt: skip
-    difference = np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64))
-    assert difference.mean() <= 1
+    engine = open_engine(model=folder, precision="f32", embeddings=tmp_path / "ink.safetensors")
+    request = Txt2Img(
+        prompt="a large (red:1.4) (ink:1.2) circle BREAK on a blue background", width=64,
+        height=64, steps=STEPS, guidance=4.0, seed=3, clip_skip=clip_skip,
+    )  # fmt: skip
+    ours = np.asarray(engine.run(request).images[0], np.float64)
+    assert np.abs(ours - np.asarray(theirs, np.float64)).mean() <= 1
+    other = request.but(clip_skip=2 if clip_skip else 3)
+    assert np.abs(ours - np.asarray(engine.run(other).images[0], np.float64)).mean() > 1

@@ -22,6 +22,8 @@ FACTS = {
     "timestep_spacing": "leading",
 }  # fmt: skip
 SPREAD = sorted(set(SAMPLERS) - {"flow-euler"})
+FEW = ("lcm", "tcd")
+"""Whose schedules are parts of the one of 50 steps that they were distilled on."""
 OTHERS: dict[str, dict[str, Any]] = {
     "deis": {"_class_name": "DEISMultistepScheduler", "algorithm_type": "deis",
              "solver_type": "logrho", "solver_order": 2},
@@ -100,7 +102,7 @@ def test_usual_schedules_are_those_of_diffusers(
     spec = SCHEDULERS[name]
     length = schedule_length(steps, strength)
     with quiet():
-        if name == "lcm" and length > 50:
+        if name in FEW and length > 50:
             with pytest.raises(InvalidRequest, match="Ask for"):
                 made.scheduler(name, steps, strength, whole=False)
             return
@@ -109,7 +111,7 @@ def test_usual_schedules_are_those_of_diffusers(
         ours = made.scheduler(name, steps, strength, whole=False)
         ours.set_timesteps(length)
     assert ours.timesteps.tolist() == plain.timesteps.tolist()
-    assert made.surely(name, steps, strength) == (length <= (50 if name == "lcm" else 250))
+    assert made.surely(name, steps, strength) == (length <= (50 if name in FEW else 250))
 
 
 @pytest.mark.parametrize("steps", [501, 600, 750, 999, 1000])
@@ -147,6 +149,7 @@ REFUSED: dict[str, tuple[str | None, int, float, dict[str, Any], str]] = {
     "ddim beyond the training": ("ddim", 1000, 1.0, {}, "beyond timestep 999.*Ask for 999"),
     "repeated timesteps": ("dpm++2m", 20, 0.015, {}, "distinct.*Ask for 15,"),
     "lcm's own bound": ("lcm", 60, 1.0, {}, "Ask for 50,"),
+    "tcd's own bound": ("tcd", 60, 1.0, {}, "Ask for 50,"),
     "lcm at next to nothing": ("lcm", 1, 0.015, {}, "raise it"),
     "the model's own": (None, 60, 1.0, {"_class_name": "TCDScheduler"}, "Ask for 50,"),
 }

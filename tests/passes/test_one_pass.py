@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from holdfast.engine import Engine, Hires, Img2Img, Txt2Img
+from holdfast.engine.errors import InvalidRequest
 from holdfast.engine.imports import heavy, quiet
 
 if TYPE_CHECKING:
@@ -86,6 +87,64 @@ def test_txt2img(
         num_inference_steps=STEPS, guidance_scale=guidance, generator=generators(11, batch),
     ).images  # fmt: skip
     assert_same(engine.run(request).images, reference)
+
+
+STOCHASTIC = {
+    "ddim as it is": ("ddim", None, "DDIMScheduler", 0.0),
+    "ddim with noise": ("ddim", 0.7, "DDIMScheduler", 0.7),
+    "tcd as it is": ("tcd", None, "TCDScheduler", 0.3),
+    "tcd without noise": ("tcd", 0.0, "TCDScheduler", 0.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "eta", "class_name", "share"), STOCHASTIC.values(), ids=STOCHASTIC
+)
+def test_fresh_noise_in_each_step(
+    engine: Engine,
+    torch_pipelines: Any,
+    scheduler: str,
+    eta: float | None,
+    class_name: str,
+    share: float,
+) -> None:
+    """Both passes take the share of fresh noise that is asked for, or the sampler's usual one."""
+    import diffusers
+
+    request = Hires(
+        prompt=PROMPT, steps=STEPS, hires_steps=2, strength=0.5, guidance=3.0, seed=11, batch=2,
+        scheduler=scheduler, eta=eta, scale=1.5, upscaler="lanczos",
+    )  # fmt: skip
+    cls = getattr(diffusers, class_name)
+    for pipeline in torch_pipelines:
+        pipeline.scheduler = cls.from_config(pipeline.scheduler.config, clip_sample=False)
+    told = {"prompt": [PROMPT] * 2, "guidance_scale": 3.0, "eta": share}
+    first = torch_pipelines[0](
+        **told, width=64, height=64, num_inference_steps=STEPS, generator=generators(11, 2),
+    ).images  # fmt: skip
+    enlarged = [image.resize((96, 96), Image.Resampling.LANCZOS) for image in first]
+    second = torch_pipelines[1](
+        **told, image=enlarged, strength=0.5, num_inference_steps=STEPS,
+        generator=generators(11, 2),
+    ).images  # fmt: skip
+    result = engine.run(request)
+    assert_same(result.first_pass, first)
+    assert_same(result.images, second)
+    assert ("Eta: " in result.infotext) == (eta is not None)
+
+
+def test_noise_that_a_sampler_does_not_take_is_refused(engine: Engine) -> None:
+    """At once where the request names it, and before anything is drawn where the engine does."""
+    with pytest.raises(InvalidRequest, match="'euler' takes none; 'ddim' and 'tcd' do"):
+        Txt2Img(prompt=PROMPT, scheduler="euler", eta=0.5)
+    engine.configure(scheduler="heun")
+    try:
+        with pytest.raises(InvalidRequest, match="eta: the scheduler 'heun' takes none"):
+            engine.run(Txt2Img(prompt=PROMPT, eta=0.5))
+    finally:
+        engine.configure(scheduler=None)
+    mixed = Hires(prompt=PROMPT, steps=2, scheduler="ddim", hires_scheduler="euler", eta=0.5)
+    assert engine.run(mixed.but(seed=1, width=64, height=64)).images
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -245,6 +245,35 @@ def test_each_step_is_told_its_own_prompt(
     assert near(drawn(demo, prompt), made)
 
 
+def test_what_and_composes_is_the_equations(
+    demo: Engine, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    AND draws what diffusers draws where each evaluation is that of Liu et al. 2022
+    (arXiv:2206.01714, equation 11): a sum of weighted differences from the prediction without.
+    """
+    second, share = torch.from_numpy(expected(reference, [[("a red star", 1)]])), 0.6
+    predict = reference.unet.forward
+
+    def composed(sample: torch.Tensor, at: Any, rows: torch.Tensor, **more: Any) -> Any:
+        three = predict(sample[:1].repeat(3, 1, 1, 1), at, torch.cat([rows, second]), **more)
+        without, one, other = three[0].split(1)
+        whole = without + (one - without) + share * (other - without)
+        return (torch.cat([without, whole]),)
+
+    def forward(sample: Any, at: Any, *, encoder_hidden_states: Any, **more: Any) -> Any:
+        return composed(sample, at, encoder_hidden_states, **more)
+
+    monkeypatch.setattr(reference.unet, "forward", forward)
+    made = images(
+        reference,
+        prompt_embeds=torch.from_numpy(expected(reference, [[("a red circle", 1)]])),
+        negative_prompt_embeds=torch.from_numpy(expected(reference, [[]])),
+    )
+    assert near(drawn(demo, "a red circle AND a red star :0.6"), made)
+    assert not near(drawn(demo, "a red circle AND a red star"), made)
+
+
 @pytest.mark.parametrize(
     "prompt",
     [

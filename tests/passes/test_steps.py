@@ -5,10 +5,14 @@ from __future__ import annotations
 import queue
 from typing import TYPE_CHECKING, Any
 
-from holdfast.engine import Finished, Preview, Progressed, Txt2Img
+import pytest
+
+from holdfast.engine import Finished, Hires, Lora, Preview, Progressed, Txt2Img
+from tests.support.engines import record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from holdfast.engine import Engine
 
@@ -33,3 +37,25 @@ def test_steps_never_fall_and_end_at_the_last(open_engine: Callable[..., Engine]
         previews = [each.step for each in events if isinstance(each, Preview)]
         assert previews == sorted(set(previews))
         assert previews[-1] == 8
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["lcm", "euler sgm uniform", "tcd", "ddim sgm uniform", "euler-a sgm uniform"]
+)
+def test_few_steps_are_as_many_evaluations(
+    open_engine: Callable[..., Engine], ink: Path, scheduler: str
+) -> None:
+    """With the schedulers of LoRAs for few steps, 4 and 4 steps are 8 evaluations of one prompt."""
+    engine = open_engine(lora=(Lora(ink),), shapes="static")
+    log = record(engine)
+    result = engine.run(Hires(
+        prompt="red", width=64, height=64, scale=1.5, steps=4, hires_steps=4, strength=0.5,
+        guidance=1.0, scheduler=scheduler, seed=3,
+    ))  # fmt: skip
+    assert [str(each) for each in result.evaluations] == ["4 whole", "4 whole"]
+    shapes = {
+        each["shape"]
+        for each in log.events("component.compile.completed")
+        if each["component"] == "unet"
+    }
+    assert shapes == {"1x4x8x8", "1x4x12x12"}

@@ -28,6 +28,7 @@ ELSEWHERE = {
     "uni_pc": "unipc",
     "DDIM": "ddim",
     "LCM": "lcm",
+    "TCDScheduler": "tcd",
 }
 
 
