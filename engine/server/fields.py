@@ -94,6 +94,7 @@ class Asked(BaseModel):
     tiling: bool | None = None
     refiner_checkpoint: str | None = None
     clip_skip: int | None = None
+    eta: float | None = None
     speed: str | None = None
     override_settings: dict[str, Any] | None = None
     script_name: str | None = None
@@ -181,6 +182,8 @@ def _common(asked: Asked, facts: ModelFacts, told: list[Degradation]) -> dict[st
         ("sd_vae", vae.lower() not in _NO_VAE),
     )
     told += [Degradation(what, "on", "done without it") for what, wanted in missing if wanted]
+    scheduler = _scheduler(name, asked.scheduler, None, facts, told)
+    takes_eta = scheduler is not None and SCHEDULERS[scheduler].eta is not None
     return {
         "prompt": asked.prompt or "",
         "negative_prompt": asked.negative_prompt or "",
@@ -190,7 +193,8 @@ def _common(asked: Asked, facts: ModelFacts, told: list[Degradation]) -> dict[st
         "guidance": asked.cfg_scale,
         "width": asked.width or None,
         "height": asked.height or None,
-        "scheduler": _scheduler(name, asked.scheduler, None, facts, told),
+        "scheduler": scheduler,
+        "eta": asked.eta if takes_eta else None,  # A1111 too keeps it from samplers without one
         "clip_skip": _clip_skip(settings.get("CLIP_stop_at_last_layers"), asked.clip_skip),
         "speed": asked.speed or None,
         **_variation(asked),
