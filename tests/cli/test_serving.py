@@ -63,3 +63,12 @@ def test_a_wrong_option_is_named(
     """It ends with 2 before anything is loaded."""
     assert main(["serve", *options]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_without_the_extra_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A missing library is named with the extra that brings it."""
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve"]) == 2
+    assert "pip install 'holdfast[serve]'" in capsys.readouterr().err
