@@ -155,6 +155,12 @@ def test_a_request_may_be_fast(client: Any, engine: Engine) -> None:
     assert picture(made.data[0].b64_json).tobytes() == own.images[0].tobytes()
 
 
+def test_a_stream_that_fails_says_so(client: Any) -> None:
+    """What turns out once the stream is open is an event, which the client raises."""
+    with pytest.raises(openai.APIError, match="nobody"):
+        list(client.images.generate(prompt="<lora:nobody>", size="64x64", stream=True))
+
+
 def test_a_stream_that_is_left_stops_its_job(client: Any, studio: Studio) -> None:
     """Once nobody reads the events, the engine draws no further."""
     steps = {"num_inference_steps": 500, "rng_seed": 7}

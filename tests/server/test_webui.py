@@ -13,6 +13,7 @@ import webuiapi
 from PIL import Image
 
 from holdfast.engine import Engine, Hires, Inpaint, Lora, Txt2Img, errors
+from holdfast.engine.server.fields import AskedImg2Img, AskedTxt2Img
 
 from .conftest import PATIENCE
 
@@ -420,6 +421,20 @@ def test_what_cannot_be_made_is_refused_in_words(case: str, post: Post, tiny_ir:
     classes = (*errors.__all__, "Error", "Txt2Img", "Img2Img", "Hires ", "Traceback")
     for secret in (*paths, *classes):
         assert secret not in answer.text
+
+
+@pytest.mark.parametrize("odd", ["x", -1, [], 1e300, {"": None}], ids=str)
+def test_no_value_of_a_field_is_a_fault_of_the_server(odd: Any, address: str) -> None:
+    """Whatever stands in a field, the answer is an image or words that blame the request."""
+    forms = (
+        (TXT2IMG, AskedTxt2Img, {**SMALL, "steps": 1}),
+        (IMG2IMG, AskedImg2Img, {**SMALL, "steps": 1, "init_images": [b64(RED)]}),
+    )
+    with httpx.Client(base_url=address, timeout=PATIENCE) as client:
+        for path, form, body in forms:
+            for field in form.model_fields:
+                answer = client.post(path, json={**body, field: odd})
+                assert answer.status_code in {200, 404, 422}, (field, answer.text)
 
 
 def test_progress_and_interrupt(address: str, post: Post, engine: Engine) -> None:
