@@ -287,6 +287,7 @@ PARTS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "docs/reference.md": {
         "engine": functools.partial(names, "holdfast.engine"),
         "logbook": functools.partial(names, "holdfast.engine.logbook"),
+        "server": functools.partial(names, "holdfast.engine.server"),
         "demo": functools.partial(names, "holdfast.engine.demo"),
         "states": functools.partial(names, "holdfast.states"),
     },

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from holdfast.engine.errors import InvalidRequest
 from holdfast.engine.jobs.worker import Worker
-from holdfast.engine.logbook.events import Emitter
+from holdfast.engine.logbook.events import EVENTS, Emitter
 from holdfast.engine.logbook.recorder import FlightRecorder, crash_found
 from holdfast.engine.logbook.writing import JsonLines
 from holdfast.engine.requests.config import FIXED, EngineConfig, users_cache
@@ -439,6 +439,23 @@ class Engine:
             raise InvalidRequest(msg, state_after=self.state.value)
         self._emit.add_sink(sink)
         return lambda: self._emit.remove_sink(sink)
+
+    def emit(self, event: str, /, *, level: str = "", **facts: object) -> None:
+        """
+        Add an event to the log, for what stands around the engine, as a server does.
+
+        Args:
+            event: A name of the reference of events.
+            level: Overrides the one that the event has there.
+            **facts: Its keys.
+
+        Raises:
+            InvalidRequest: There is no such event.
+        """
+        if event not in EVENTS:
+            msg = f"{shown(event)} was to be logged, which is no event; docs/events.md lists them."
+            raise InvalidRequest(msg, state_after=self.state.value)
+        self._emit(event, level=level, **facts)
 
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> bool:
         """

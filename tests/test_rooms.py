@@ -15,6 +15,7 @@ import pytest
 import holdfast.engine
 import holdfast.engine.demo
 import holdfast.engine.logbook
+import holdfast.engine.server
 import holdfast.states
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,7 @@ PUBLIC = {
         holdfast.engine,
         holdfast.engine.demo,
         holdfast.engine.logbook,
+        holdfast.engine.server,
         holdfast.states,
     )
 }

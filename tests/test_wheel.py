@@ -172,7 +172,7 @@ def test_the_version_is_that_of_the_package():
 
 def test_the_lowest_versions_can_be_installed_together():
     """Every lower bound of the package and of its extras exists and agrees with the others."""
-    extras = [f"--extra={name}" for name in ("cli", "otel", "hosts", "train", "bench")]
+    extras = [f"--extra={name}" for name in ("cli", "otel", "hosts", "serve", "train", "bench")]
     done = subprocess.run(  # noqa: S603 - this interpreter
         [
             sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--resolution=lowest-direct",

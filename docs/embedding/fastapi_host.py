@@ -35,7 +35,7 @@ service = FastAPI(title="Holdfast", lifespan=life)
 @service.exception_handler(HoldfastError)
 async def explain(_: Request, error: HoldfastError) -> JSONResponse:
     """Answer with what Holdfast says."""
-    return JSONResponse({"detail": str(error)}, 422 if isinstance(error, InvalidRequest) else 409)
+    return JSONResponse({"detail": str(error)}, 422 if isinstance(error, InvalidRequest) else 500)
 
 
 async def find(job_id: str) -> Job[Result]:

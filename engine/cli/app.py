@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import traceback
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,31 +16,40 @@ from rich.table import Table
 
 from holdfast.engine import Engine
 from holdfast.engine.cli.bar import wait
+from holdfast.engine.cli.endings import (
+    BAD_INPUT,
+    FAILURE,
+    complain,
+    ended_in_words,
+)
 from holdfast.engine.cli.help import Sections
 from holdfast.engine.cli.log import app as log_app
-from holdfast.engine.cli.options import read_changes, read_config, read_request, with_fields
+from holdfast.engine.cli.options import (
+    read_changes,
+    read_config,
+    read_request,
+    with_fields,
+    with_settings,
+)
 from holdfast.engine.cli.orders import Order, read_orders, with_loras
 from holdfast.engine.cli.outputs import Leaving
+from holdfast.engine.cli.serving import serve
 from holdfast.engine.cli.showcase import make_showcase
 from holdfast.engine.cli.words import in_options, of_usage
 from holdfast.engine.errors import (
     GenerationError,
-    HoldfastError,
     InvalidRequest,
-    ModelSourceError,
 )
 from holdfast.engine.logbook.bundle import bundle
 from holdfast.engine.logbook.sentences import size
-from holdfast.engine.logbook.writing import printable
 from holdfast.states import mermaid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from holdfast.engine.cli.doctor import Report
     from holdfast.engine.compiling.plan import Plan
 
-FAILURE, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _STYLES = {"wrong": "bold red", "note": "yellow"}
 
 app = typer.Typer(
@@ -73,7 +81,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         command = "holdfast" if context is None else context.command_path
-        _complain(f"{of_usage(error)}\nSee {command} --help.")
+        complain(f"{of_usage(error)}\nSee {command} --help.")
         return BAD_INPUT
 
 
@@ -135,7 +143,7 @@ def generate(
     **given: Any,
 ) -> None:
     """Make images: from a prompt, from an image, in two passes."""
-    with _told(debug=debug):
+    with ended_in_words(debug=debug):
         if first_output is not None and not hires:
             msg = "--first-pass belongs to --hires: add that, or leave --first-pass out."
             raise InvalidRequest(msg)
@@ -159,17 +167,17 @@ def _draw(engine: Engine, order: Order, leaving: Leaving) -> bool:
     except (InvalidRequest, GenerationError) as error:
         if not order.place:
             raise
-        _complain(f"{order.place}: {in_options(str(error))}")
+        complain(f"{order.place}: {in_options(str(error))}")
         return False
     finally:
         leaving.first_passes(job.kept, seeds)
     leaving.images(result)
     for each in result.degradations:
-        _complain(f"{each.kind}: {each.asked} was asked for, {each.given} is given")
+        complain(f"{each.kind}: {each.asked} was asked for, {each.given} is given")
     return True
 
 
-@app.command(cls=Sections)
+@app.command(cls=Sections, short_help="Make an image again from its file, or one like it.")
 @with_fields
 def again(
     picture: Annotated[str, typer.Argument(help="A PNG, JPEG, WEBP or AVIF of any program.")],
@@ -189,17 +197,17 @@ def again(
     """
     from holdfast.engine.results.recipes import recipe_from_image
 
-    with _told(debug=debug):
+    with ended_in_words(debug=debug):
         config = read_config(given)
         recipe = recipe_from_image(picture, **read_changes(given))
         request = with_loras(recipe.request, config.lora_dir)
         for each in recipe.lost:
-            _complain(f"{recipe.program}'s {each}")
+            complain(f"{recipe.program}'s {each}")
         leaving = Leaving(output, None, force=force, metadata="public", as_json=json)
         leaving.check([request])
         with Engine(config) as engine:
             if recipe.fingerprint not in {"", engine.model_facts().fingerprint}:
-                _complain("the image was made with another model; name it with --model")
+                complain("the image was made with another model; name it with --model")
             _draw(engine, Order(request), leaving)
 
 
@@ -214,7 +222,7 @@ def plan(
     **given: Any,
 ) -> None:
     """Show what an image would take, and why. Makes nothing."""
-    with _told(debug=debug):
+    with ended_in_words(debug=debug):
         request = read_request(prompt, given, hires=hires)
         with Engine(read_config(given)) as engine, _busy("finding the model"):
             made = engine.plan(request)
@@ -235,7 +243,7 @@ def export(
     from holdfast.engine.models.source import resolve
     from holdfast.engine.requests.config import users_cache
 
-    with _told(debug=debug):
+    with ended_in_words(debug=debug):
         if output is not None and output.exists():
             msg = f"The model was to go to {output}, but that is there already: name a new folder."
             raise InvalidRequest(msg)
@@ -245,6 +253,9 @@ def export(
             if output is not None:
                 found = Path(shutil.copytree(found, output))
     typer.echo(str(found))
+
+
+app.command(cls=Sections)(with_settings(serve))
 
 
 @app.command()
@@ -267,7 +278,7 @@ def doctor(
     """
     from holdfast.engine.cli.doctor import examine
 
-    with _told(debug=debug), _busy("looking"):
+    with ended_in_words(debug=debug), _busy("looking"):
         report = examine(cache_dir)
     if json:
         typer.echo(report.to_json())
@@ -284,38 +295,12 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Draw hires fix with the embedded model: both passes, and why."""
-    with _told(debug=debug), _busy("drawing; the first time the model is exported"):
+    with ended_in_words(debug=debug), _busy("drawing; the first time the model is exported"):
         told = make_showcase(folder, cache_dir)
     typer.echo(told)
 
 
 app.command(short_help="Pack what a bug report needs, without prompts and paths.")(bundle)
-
-
-@contextlib.contextmanager
-def _told(*, debug: bool) -> Iterator[None]:
-    """End with an exit code and a line of words where something failed."""
-    try:
-        yield
-    except (typer.Exit, click.ClickException, BrokenPipeError):
-        raise
-    except KeyboardInterrupt as interrupt:
-        _complain("interrupted")
-        raise typer.Exit(INTERRUPTED) from interrupt
-    except Exception as error:
-        if debug:
-            traceback.print_exception(error)
-        known = isinstance(error, (HoldfastError, OSError))
-        _complain(
-            in_options(str(error)) if known else f"{error!r}; --debug shows where this comes from"
-        )
-        asked = isinstance(error, (InvalidRequest, ModelSourceError))
-        raise typer.Exit(BAD_INPUT if asked else FAILURE) from error
-
-
-def _complain(words: str) -> None:
-    for line in words.splitlines():
-        typer.echo(f"holdfast: {printable(line)}", err=True)
 
 
 def _busy(words: str) -> contextlib.AbstractContextManager[object]:

@@ -190,6 +190,17 @@ _FORMS: Mapping[str, _Form] = {
 
 def with_fields(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command that takes ``**given`` an option for each field; unset ones are left out."""
+    return _with(command, (*_request_parameters(), *_setting_parameters()))
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes ``**given`` an option for each of the engine's settings."""
+    return _with(command, tuple(_setting_parameters()))
+
+
+def _with(
+    command: Callable[..., None], options: Sequence[inspect.Parameter]
+) -> Callable[..., None]:
     signature = inspect.signature(command, eval_str=True)
     own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
 
@@ -197,7 +208,7 @@ def with_fields(command: Callable[..., None]) -> Callable[..., None]:
     def called(**values: Any) -> None:
         command(**{name: each for name, each in values.items() if each not in (None, [])})
 
-    parameters = [*own, *_parameters()]
+    parameters = [*own, *options]
     called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # what typer reads
     called.__annotations__ = {each.name: each.annotation for each in parameters}
     return called
@@ -261,11 +272,14 @@ FLAGS: Mapping[str, str] = {
 """The option of each field."""
 
 
-def _parameters() -> Iterator[inspect.Parameter]:
+def _request_parameters() -> Iterator[inspect.Parameter]:
     for name in dict.fromkeys(name for kind in REQUESTS for name in kind.model_fields):
         if name not in NOT_OPTIONS:
             kinds = _kinds_with(name)
             yield _parameter(name, kinds, _PANELS[kinds])
+
+
+def _setting_parameters() -> Iterator[inspect.Parameter]:
     for name in EngineConfig.model_fields:
         if name not in FOR_HOSTS:
             yield _parameter(name, (EngineConfig,), _ENGINE)

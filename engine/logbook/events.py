@@ -243,6 +243,11 @@ EVENTS: Mapping[str, EventSpec] = MappingProxyType({
     "subscriber.failed": EventSpec(
         "a subscriber raised; it goes on receiving", ("error", "subscriber"), level="warning"
     ),
+    "http.answered": EventSpec(
+        "a server answered a client; `request_id` where it became a request, `error` why it was "
+        "refused; status 499: the client left",
+        ("method", "path", "status", "client_address", "seconds"), ("request_id", "error"),
+    ),
     "settings.changed": EventSpec("settings changed: the old value of each, and the new one",
         ("changes",)),
     **{

@@ -24,7 +24,7 @@ _WORD_KEYS = frozenset({  # each holds one of Holdfast's own words, which a prom
 })  # fmt: skip
 _SECRET_KEY = re.compile(
     r"(?:token|secret|passw(?:or)?d|passphrase|api_?key|access_?key|private_?key|authorization"
-    r"|credentials?|cookie|signature|session_?id)$",
+    r"|credentials?|cookie|signature|session_?id|client_address)$",
     re.IGNORECASE,
 )
 _SECRETS = (

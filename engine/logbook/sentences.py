@@ -70,6 +70,7 @@ WORDS: Mapping[str, str] = {
     "job.failed": "{kind} failed after {seconds:s}; the state is {state}: {error}",
     "job.cancelled": "{kind} cancelled after {seconds:s}; the state is {state}",
     "job.refused": "refused, {kind} {asked}; the state is {state}: {error}",
+    "http.answered": "{method} {path} from {client_address}: {status} in {seconds:s}{why}",
     "request.queued": "waits, {ahead} ahead of it: {kind}",
     "request.started": f"begins: {_REQUEST}, {{settings}}",
     "request.completed": f"done in {{seconds:s}}: {_REQUEST}; {{timings}}; compiled {{compiled}}",
@@ -283,6 +284,10 @@ def _evaluated(event: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"saved": _fill(", {cheap} of them cheap", (), event) if event.get("cheap") else ""}
 
 
+def _answered(event: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"why": _fill(": {error}", (), event) if event.get("error") else ""}
+
+
 def _stepped(event: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"how": " (cheap)" if event.get("evaluation") == "cheap" else ""}
 
@@ -315,6 +320,7 @@ _TELLING: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {
     "pass.started": _denoising,
     "pass.completed": _evaluated,
     "step.completed": _stepped,
+    "http.answered": _answered,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from PIL import ExifTags, Image
+from PIL import Image
 
 from holdfast.engine.errors import InvalidRequest
 from holdfast.engine.requests.infotext import (
@@ -17,16 +17,13 @@ from holdfast.engine.requests.infotext import (
 )
 from holdfast.engine.requests.schedulers import check_schedule, check_scheduler
 from holdfast.engine.requests.values import locate
-from holdfast.engine.results.saving import INFOTEXT, read_private
+from holdfast.engine.results.saving import read_infotext, read_private
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from holdfast.engine.requests.kinds import Request
-
-_ENCODINGS = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}
-"""Of EXIF's UserComment (CIPA DC-008, 4.6.6), by its first eight bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +63,7 @@ def recipe_from_image(file: str | Path, **given: Any) -> Recipe:
     try:
         with Image.open(locate(file)) as opened:
             opened.load()  # what a PNG tells may stand behind its pixels
-            private, text, size = read_private(opened), _infotext(opened), opened.size
+            private, text, size = read_private(opened), read_infotext(opened), opened.size
     except Exception as error:  # whatever a decoder raises
         msg = f"{file} cannot be read as an image ({type(error).__name__})."
         raise InvalidRequest(msg) from error
@@ -86,17 +83,6 @@ def _own(told: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
     engines = isinstance(loras, list) and request.lora is None
     lost = (Lost("model", "lora", str(each)) for each in loras if engines)
     return Recipe(request, tuple(lost), "Holdfast", str(told.get("model_fingerprint", "")))
-
-
-def _infotext(image: Image.Image) -> str | None:
-    """Return what A1111 and its like write of a picture; None where there is nothing."""
-    text = image.info.get(INFOTEXT)
-    if isinstance(text, str):
-        return text
-    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-    if not isinstance(comment, bytes) or comment[:8] not in _ENCODINGS:
-        return comment if isinstance(comment, str) else None
-    return comment[8:].decode(_ENCODINGS[comment[:8]], errors="replace")
 
 
 def _foreign(file: str | Path, size: tuple[int, int], given: Mapping[str, Any]) -> Recipe:

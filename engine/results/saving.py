@@ -46,6 +46,10 @@ _EXIF_MOST = 65_533 - len("Exif\0\0")
 """Bytes of EXIF that a JPEG can hold."""
 
 
+_ENCODINGS = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}
+"""Of EXIF's UserComment (CIPA DC-008, 4.6.6), by its first eight bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """
@@ -191,6 +195,17 @@ def read_private(image: Image.Image) -> dict[str, Any] | None:
     except ValueError:
         return None  # another program's
     return told if isinstance(told, dict) and "request" in told else None
+
+
+def read_infotext(image: Image.Image) -> str | None:
+    """Return what A1111 and its like write of a picture; None where there is nothing."""
+    text = image.info.get(INFOTEXT)
+    if isinstance(text, str):
+        return text
+    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    if not isinstance(comment, bytes) or comment[:8] not in _ENCODINGS:
+        return comment if isinstance(comment, str) else None
+    return comment[8:].decode(_ENCODINGS[comment[:8]], errors="replace")
 
 
 def request_from_image(file: str | Path, **given: Any) -> Request:

@@ -425,7 +425,7 @@ def test_an_image_to_standard_output(
 
 
 @pytest.mark.parametrize(
-    "command", ["", "generate", "plan", "export", "chart", "doctor", "demo", "bundle"]
+    "command", ["", "generate", "plan", "serve", "export", "chart", "doctor", "demo", "bundle"]
 )
 def test_help_fits_eighty_columns(
     holdfast_command: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, command: str

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import structlog
 
-from holdfast.engine.errors import Cancelled
+from holdfast.engine import Engine
+from holdfast.engine.errors import Cancelled, InvalidRequest
 from holdfast.engine.logbook.events import EVENTS, Emitter
 from holdfast.states.hosting import LOGGER_NAME
 from tests.support.workbench import PATIENCE, Bench
@@ -292,3 +293,5 @@ def test_event_without_an_entry_in_the_reference_is_refused() -> None:
     """A name that the reference of events does not have cannot be emitted."""
     with pytest.raises(KeyError, match="unheard"):
         Emitter("e")("unheard")
+    with Engine() as engine, pytest.raises(InvalidRequest, match="unheard"):
+        engine.emit("unheard")

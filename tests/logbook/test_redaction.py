@@ -38,6 +38,7 @@ def test_path_becomes_a_mark_that_keeps_its_ending(path: str) -> None:
     [
         {"hf_token": "s3cret"},
         {"headers": {"Authorization": "s3cret"}},
+        {"client_address": "s3cret"},
         {"error": "401 for https://ada:s3cret@example.org/model"},
         {"error": "sent Bearer s3cret and hf_s3cretS3CRETs3cret"},
         {"error": "not found: file:///home/s3cret/model.xml"},
