@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
-from holdfast.engine import Engine, Hires, HoldfastError, Img2Img, Lora, Txt2Img
+from holdfast.engine import (
+    Detail,
+    Engine,
+    Hires,
+    HoldfastError,
+    Img2Img,
+    Inpaint,
+    Lora,
+    Txt2Img,
+)
 from holdfast.engine.logbook.writing import line
 from holdfast.states import Mode, State
 from tests.support.audited import assert_sound
@@ -34,6 +43,14 @@ if TYPE_CHECKING:
 
 REQUEST = Txt2Img(prompt=PROMPT, width=64, height=64, steps=1, seed=7)
 IMG2IMG = Img2Img(prompt=PROMPT, image=Image.new("RGB", (64, 64)), steps=1, seed=7)
+INPAINT = Inpaint(
+    prompt=PROMPT,
+    image=Image.new("RGB", (64, 64)),
+    mask=Image.linear_gradient("L").resize((64, 64)),
+    lora=(),
+    steps=1,
+    seed=7,
+)
 KINDS = (MemoryError, SystemExit, KeyboardInterrupt)
 COMPILED = tuple(State.compiled(mode) for mode in Mode)
 
@@ -106,6 +123,21 @@ def scenarios(ir: Path, ink: Path, chalk: Path, other: Path) -> list[Scenario]:
             served,
             ends=COMPILED,
         ),
+        Scenario(
+            "hires with another model",
+            lambda engine: engine.run(hires.but(hires_model=str(other), speed="fast")),
+            served,
+            ends=COMPILED,
+        ),
+        Scenario(
+            "hires with details",
+            lambda engine: engine.run(
+                hires.but(detail=Detail(boxes=((0, 0, 48, 48), (16, 16, 64, 64)), strength=1.0))
+            ),
+            served,
+            ends=COMPILED,
+        ),
+        Scenario("inpaint", lambda engine: engine.run(INPAINT), both_modes, ends=COMPILED),
         change("tiles", before=large, memory_budget=150_000_000),
     ]
 
