@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 from holdfast.engine.errors import HoldfastError, InvalidRequest, ModelSourceError
@@ -28,6 +29,11 @@ _FACTS = frozenset({
     "steps_offset", "time_shift_type", "timestep_spacing", "trained_betas", "use_dynamic_shifting",
 })  # fmt: skip
 _FLOW_EULER = "FlowMatchEulerDiscreteScheduler"
+_BY_SIGMAS = (
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas",
+)  # fmt: skip
+_NEARLY_NOISE, _FEWEST = 0.95, 5
+"""Share of the timesteps of which the rest is nearly noise; evaluations before it that draw."""
 _LATE = 0.15
 """Share of the training's timesteps by which a schedule may begin late, besides one step."""
 
@@ -70,7 +76,9 @@ class Samplers:
     def surely(self, name: str | None, steps: int, strength: float) -> bool:
         """Tell, without making it, whether a schedule is one that every scheduler has."""
         class_name = SCHEDULERS[name].class_name if name else self._class_name
-        if short_name(class_name) is None:
+        options = SCHEDULERS[name].options if name else self._settings
+        zero_snr = bool(self._settings.get("rescale_betas_zero_snr"))
+        if short_name(class_name) is None or (zero_snr and any(map(options.get, _BY_SIGMAS))):
             return False
         trained = self._typed.num_train_timesteps
         longest = trained // 4
@@ -177,9 +185,11 @@ class Samplers:
         called = name or self.own_label
         share = "" if strength == 1 else f" over a strength of {strength:g}"
         advice = (
-            f"no number of steps fits a strength of {strength:g}: raise it"
-            if possible is None
-            else f"Ask for {possible}, which has one"
+            f"Ask for {possible}, which has one"
+            if possible is not None
+            else "No smaller number has one: ask for more"
+            if strength == 1
+            else f"no number of steps fits a strength of {strength:g}: raise it"
         )
         msg = (
             f"{steps} steps{share} were asked for, but the scheduler {called!r} has no such "
@@ -202,7 +212,7 @@ class Samplers:
                 break
             fault = _fault(scheduler, steps, strength, whole=whole)
             if not fault:
-                return self.make(name, spacing), ""
+                return _counted_from_the_first(self.make(name, spacing)), ""
             why = fault
         return None, why
 
@@ -248,7 +258,43 @@ def _fault(scheduler: Any, steps: int, strength: float, *, whole: bool) -> str:
     places = [float(each) for each in sigmas[first : len(timesteps)]]
     if len(set(places)) < steps or not all(map(_is_finite, places)):
         return f"{steps} of its {trained} timesteps would not be distinct"
+    if _is_beyond_learning(scheduler, places):
+        return "most of it would lie beyond the noise that this model of zero terminal SNR learned"
     return ""
+
+
+def _is_beyond_learning(scheduler: Any, places: Sequence[float]) -> bool:
+    """
+    Tell whether a schedule would draw nonsense with a model of zero terminal SNR.
+
+    The last timesteps of such a model are nearly nothing but noise, far above those before (Lin et
+    al. 2023, arXiv:2305.08891). What spreads its steps by sigmas spends most of them there.
+    """
+    config = scheduler.config
+    if not config.get("rescale_betas_zero_snr") or not any(map(config.get, _BY_SIGMAS)):
+        return False
+    kept = float(scheduler.alphas_cumprod[int(_NEARLY_NOISE * config.num_train_timesteps)])
+    highest = math.sqrt((1 - kept) / kept)
+    return sum(sigma <= highest for sigma in places) < _FEWEST
+
+
+def _counted_from_the_first(scheduler: Any) -> Any:
+    """
+    Return a scheduler whose first step is that of its schedule.
+
+    One that is not told finds it by its timestep. Where several steps have the same one, as close
+    sigmas have, it takes the second of them, and ends beyond the last.
+    """
+    if not hasattr(scheduler, "set_begin_index"):
+        return scheduler
+    set_timesteps = scheduler.set_timesteps
+
+    def set_and_begin(*arguments: Any, **settings: Any) -> None:
+        set_timesteps(*arguments, **settings)
+        scheduler.set_begin_index(0)
+
+    scheduler.set_timesteps = functools.update_wrapper(set_and_begin, set_timesteps)
+    return scheduler
 
 
 def _is_finite(value: float) -> bool:

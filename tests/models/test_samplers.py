@@ -114,6 +114,52 @@ def test_usual_schedules_are_those_of_diffusers(
     assert made.surely(name, steps, strength) == (length <= (50 if name in FEW else 250))
 
 
+ZERO_SNR = FACTS | {
+    "rescale_betas_zero_snr": True, "timestep_spacing": "trailing",
+    "prediction_type": "v_prediction",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("dpm++2m-karras", 10), ("euler-karras", 10), ("euler-beta", 40), ("unipc-karras", 10)],
+)
+def test_a_schedule_beyond_what_was_learned_is_refused(
+    tmp_path: Path, name: str, steps: int
+) -> None:
+    """With zero terminal SNR sigmas spread over nearly pure noise leave too few for a picture."""
+    made = samplers(tmp_path, **ZERO_SNR, _class_name="DDIMScheduler")
+    with quiet(), pytest.raises(InvalidRequest, match="beyond the noise that this model"):
+        made.scheduler(name, steps, 1.0, whole=False)
+    assert not made.surely(name, steps, 1.0)
+    with quiet():
+        plain = samplers(tmp_path, **FACTS, _class_name="DDIMScheduler")
+        assert plain.scheduler(name, steps, 1.0, whole=False)
+        assert made.scheduler(name.rpartition("-")[0], steps, 1.0, whole=False)
+
+
+@pytest.mark.parametrize("name", ["dpm++2m-karras", "unipc-karras", "dpm++2m-lu"])
+def test_steps_that_share_a_timestep_are_all_run(tmp_path: Path, name: str) -> None:
+    """From the first to the last, which is clean: none is left out, and none is beyond the end."""
+    import torch
+
+    made = samplers(tmp_path, **ZERO_SNR, _class_name="DDIMScheduler")
+    with quiet():
+        scheduler = made.scheduler(name, 40, 1.0, whole=False)
+        scheduler.set_timesteps(40)
+    timesteps = scheduler.timesteps.tolist()
+    assert len(set(timesteps)) < len(timesteps)
+    clean = torch.full((1, 4, 4, 4), 0.5)
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    for step, timestep in enumerate(scheduler.timesteps):
+        sigma = scheduler.sigmas[step]
+        alpha = 1 / (sigma**2 + 1) ** 0.5
+        velocity = (alpha * latents - clean) / (alpha * sigma)  # of the network that knows the end
+        latents = scheduler.step(velocity, timestep, latents).prev_sample
+    assert scheduler.step_index == 40
+    assert (latents - clean).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("steps", [501, 600, 750, 999, 1000])
 @pytest.mark.parametrize("name", ["euler", "heun", "euler-a", "unipc", "dpm++2m"])
 def test_long_schedules_begin_at_pure_noise(tmp_path: Path, name: str, steps: int) -> None:
