@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+_OPTIONS = ["runtime_options"]
+"""What an export asks of a compile, such as a scale of activations that float16 needs."""
+
+
 class _Op(NamedTuple):
     """An operation of the local half, with pixels of `TILE` on one of its output."""
 
@@ -92,7 +96,12 @@ def cut(graph: ov.Model, stride: int) -> ov.Model:
         node.output(0).set_names({name})
     for name, node in outputs.items():
         node.output(0).set_names({name})
-    return ov.Model(list(outputs.values()), list(inputs.values()), f"{graph.get_name()} in halves")
+    halves = ov.Model(
+        list(outputs.values()), list(inputs.values()), f"{graph.get_name()} in halves"
+    )
+    if graph.has_rt_info(_OPTIONS):
+        halves.set_rt_info(graph.get_rt_info(_OPTIONS).value, _OPTIONS)
+    return halves
 
 
 def _scale(node: ov.Node) -> Fraction | int:

@@ -165,3 +165,13 @@ def test_a_graph_that_keeps_its_size_is_refused() -> None:
     graph = ov.Model([ov.opset13.relu(parameter)], [parameter])
     with pytest.raises(ValueError, match="cannot be cut"):
         cut(graph, 4)
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_halves_keep_what_the_export_asks_of_a_compile(tiny_ir: Path, name: str) -> None:
+    """A scale of activations, as SDXL's and Flux's exports have one, is the cut graph's too."""
+    graph = ov.Core().read_model(tiny_ir / f"vae_{name}" / "openvino_model.xml")
+    place = ["runtime_options", "ACTIVATIONS_SCALE_FACTOR"]
+    assert cut(graph, 2).has_rt_info(place) == graph.has_rt_info(place)
+    graph.set_rt_info("128.0", place)
+    assert cut(graph, 2).get_rt_info(place).value == "128.0"
