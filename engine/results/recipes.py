@@ -112,7 +112,8 @@ def _foreign(file: str | Path, size: tuple[int, int], given: Mapping[str, Any]) 
         "height": size[1],
     }
     lost = [Lost("noise", "seed", str(first.parameters.get("seed")))]
-    for name, value in {"sampler": first.name, **first.parameters}.items():
+    beside = {name: value for name, value in found.metadata.items() if name in _READERS}
+    for name, value in {**beside, "sampler": first.name, **first.parameters}.items():
         lost += _read(name, value, fields)
     if float(fields.pop("denoise", 1)) < 1:
         fields |= {"kind": "img2img", "strength": first.parameters["denoise"]}
@@ -125,7 +126,7 @@ def _foreign(file: str | Path, size: tuple[int, int], given: Mapping[str, Any]) 
     lost += [
         Lost("unknown", str(name), _short(value))
         for name, value in found.metadata.items()
-        if name not in _BESIDE
+        if name not in _BESIDE and name not in beside
     ]
     request, missing = nearest_request(fields, given, lost)
     return Recipe(request, missing, found.generator.value)

@@ -83,6 +83,24 @@ FOOOCUS = {
     }),
 }  # fmt: skip
 
+NOVEL = {
+    "Software": "NovelAI",
+    "Source": "Stable Diffusion 1D44365E",
+    "Description": "a barn",
+    "Comment": json.dumps({
+        "steps": 28, "sampler": "k_euler_ancestral", "seed": 5, "strength": 0.69, "noise": 0.667,
+        "scale": 11.0, "uc": "blurry",
+    }),
+}  # fmt: skip
+FORGE = (
+    "a barn\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 1, Distilled CFG "
+    "Scale: 3.5, Seed: 5, Size: 64x96, Model: flux1-dev, Version: f2.0.1, Module 1: ae"
+)
+SD_NEXT = (
+    "a barn\nNegative prompt: blurry\nSteps: 20, Size: 64x96, Sampler: UniPC, Seed: 5, CFG scale: "
+    "6, App: SD.Next, Version: 058a7f0, Model: v1-5, Parser: native"
+)
+
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Callable[[dict[str, str]], Path]:
@@ -187,6 +205,32 @@ def test_other_programs_are_read(picture: Callable[..., Path]) -> None:
         prompt="a barn", steps=30, guidance=4.0, seed=5, width=64, height=96
     )
     assert ("value", "sampler", "unknown_sampler") in told(fooocus)
+    novel = recipe_from_image(picture(NOVEL))
+    assert novel.program == "NovelAI"
+    assert novel.request == Txt2Img(
+        prompt="a barn", negative_prompt="blurry", steps=28, guidance=11.0, scheduler="euler-a",
+        seed=5, width=64, height=96,
+    )  # fmt: skip
+    assert ("unknown", "noise", "0.667") in told(novel)
+
+
+def test_what_writes_as_a1111_does_is_read_so(picture: Callable[..., Path]) -> None:
+    """Forge and SD.Next, whose own words are told."""
+    forge = recipe_from_image(picture({"parameters": FORGE}))
+    assert forge.request == Txt2Img(
+        prompt="a barn", steps=20, scheduler="dpm++2m", schedule="karras", guidance=1.0, seed=5,
+        width=64, height=96,
+    )  # fmt: skip
+    assert told(forge) == {
+        ("unknown", "Distilled CFG Scale", "3.5"), ("unknown", "Module 1", "ae"),
+        ("model", "Model", "flux1-dev"), ("noise", "RNG", "GPU"),
+    }  # fmt: skip
+    sd_next = recipe_from_image(picture({"parameters": SD_NEXT}))
+    assert sd_next.request == Txt2Img(
+        prompt="a barn", negative_prompt="blurry", steps=20, scheduler="unipc", guidance=6.0,
+        seed=5, width=64, height=96,
+    )  # fmt: skip
+    assert ("unknown", "Parser", "native") in told(sd_next)
 
 
 @pytest.mark.parametrize(
