@@ -79,9 +79,9 @@ def recipe_from_image(file: str | Path, **given: Any) -> Recipe:
 def _own(told: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
     """Read what Holdfast wrote for itself."""
     request = request_from_fields(told["request"], given)
-    loras = told.get("loras") or []
-    engines = isinstance(loras, list) and request.lora is None
-    lost = (Lost("model", "lora", str(each)) for each in loras if engines)
+    loras = told.get("loras")
+    engines = loras if isinstance(loras, list) and request.lora is None else []
+    lost = (Lost("model", "lora", str(each)) for each in engines)
     return Recipe(request, tuple(lost), "Holdfast", str(told.get("model_fingerprint", "")))
 
 
@@ -146,7 +146,7 @@ def _read(name: str, value: Any, fields: dict[str, Any]) -> Iterator[Lost]:
     field, read = _READERS[name]
     try:
         fields[field] = read(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         yield Lost("value", name, _short(value))
 
 

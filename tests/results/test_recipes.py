@@ -268,3 +268,18 @@ def test_values_that_are_refused_here_are_left_out(picture: Callable[..., Path])
     assert recipe.request == NEAREST.but(guidance=7.0)
     assert ("value", "steps", "99999") in told(recipe)
     assert ("value", "guidance", "-3.0") in told(recipe)
+
+
+def test_strange_values_are_told_and_break_nothing(picture: Callable[..., Path]) -> None:
+    """Numbers without end, numbers for lists, texts for numbers: what is no value is left out."""
+    own = {"request": {"kind": "txt2img", "prompt": "a barn"}, "loras": 5, "model_fingerprint": []}
+    assert recipe_from_image(picture({"holdfast": json.dumps(own)})).request.prompt == "a barn"
+    strange = sampler(steps=float("inf"), cfg="many", sampler_name="x" * 1000, seed="nan")
+    recipe = recipe_from_image(picture(comfy(strange)))
+    assert recipe.request == Txt2Img(
+        prompt="a barn", negative_prompt="blurry", width=64, height=96, schedule="karras"
+    )
+    assert {name for kind, name, _ in told(recipe) if kind == "value"} == {
+        "steps", "cfg_scale", "sampler", "seed",
+    }  # fmt: skip
+    assert all(len(value) < 250 for _, _, value in told(recipe))
