@@ -332,7 +332,8 @@ class Compiler:
         """Return the compiled model, and whether its blob was on disk."""
         properties = dict(key.properties)
         if _is_static(key) and properties[PRECISION] == "f32" and has_scaled_norms(graph):
-            properties |= WITHOUT_SNIPPETS
+            _check_hands_on(key)
+            properties |= WITHOUT_SNIPPETS if key.device == "CPU" else {}
         if not self._blobs_for(key.device):
             compiled = self.core.compile_model(graph, key.device, properties)
             return compiled, in_force(compiled, "LOADED_FROM_CACHE") == "True"
@@ -461,8 +462,19 @@ def _shaped(graph: ov.Model, key: ComponentKey, family: Family) -> ov.Model:
 
 
 def _is_static(key: ComponentKey) -> bool:
-    """Whether it is for the CPU, and for one size alone."""
-    return key.device == "CPU" and key.shape != DYNAMIC and key.shape not in STRIDES
+    """Whether it is for one size alone."""
+    return key.shape != DYNAMIC and key.shape not in STRIDES
+
+
+def _check_hands_on(key: ComponentKey) -> None:
+    """Refuse a device that chooses the CPU by itself, and hands no such property on to it."""
+    if not is_physical(key.device):
+        msg = (
+            f"{key.component} (key {key.digest}) has normalizations that OpenVINO cannot compile "
+            f"on {key.device} for one size in float32: it would end the process. Use "
+            "device='CPU', shapes='dynamic', or precision='bf16' where the CPU has it."
+        )
+        raise CompileError(msg, component=key.component, key=key.digest)
 
 
 def _grown(before: int | None, after: int | None) -> int | None:

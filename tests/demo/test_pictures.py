@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from holdfast.engine import Engine, Hires, Lora, Txt2Img
+from holdfast.engine import CompileError, Engine, Hires, Lora, State, Txt2Img
 from holdfast.engine.demo import GUIDANCE, style_lora
 from holdfast.engine.demo.checker import judge, overlap, read
 
@@ -172,3 +172,18 @@ def test_static_shapes_draw_the_same_in_float32(demo_cache: Path):
         with Engine(cache_dir=demo_cache, precision="f32", shapes=shapes) as engine:
             drawn.append(np.asarray(engine.run(request).images[0], float))
     assert np.abs(drawn[0] - drawn[1]).max() <= 1
+
+
+@pytest.mark.parametrize("device", ["AUTO", "AUTO:CPU", "HETERO:CPU", "MULTI:CPU"])
+def test_static_shapes_in_float32_are_refused_where_they_end_the_process(
+    demo_cache: Path, device: str
+):
+    """A device that chooses among others does not tell the CPU how; with dynamic shapes it runs."""
+    request = Txt2Img(prompt="a red circle on a blue background", steps=1, seed=1)
+    settings = {"cache_dir": demo_cache, "precision": "f32", "device": device}
+    with Engine(**settings, shapes="static") as engine:
+        with pytest.raises(CompileError, match="shapes='dynamic'"):
+            engine.run(request)
+        assert engine.state is State.UNLOADED
+        engine.configure(shapes="dynamic")
+        assert engine.run(request).images
