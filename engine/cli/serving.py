@@ -14,7 +14,7 @@ from holdfast.engine.engine import Engine
 from holdfast.engine.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from holdfast.engine.server import Access
 
@@ -121,25 +121,26 @@ def _address(listening: socket.socket) -> str:
 
 
 def _users(given: Sequence[str]) -> dict[str, str]:
-    users = {}
-    for pair in ",".join(given).split(",") if given else ():
-        name, colon, word = pair.partition(":")
-        if not (name and colon and word):
-            msg = "--api-auth is USER:WORD, or several of them parted by commas."
-            raise InvalidRequest(msg)
-        users[name] = word
-    return users
+    return _parted(
+        ",".join(given).split(",") if given else (),
+        ":",
+        "--api-auth is USER:WORD, or several of them parted by commas.",
+    )
 
 
 def _aliases(given: Sequence[str]) -> dict[str, str]:
-    aliases = {}
-    for pair in given:
-        name, equals, words = pair.partition("=")
-        if not (name and equals and words):
-            msg = "--alias is NAME=WORDS, as in 'ink=<lora:ink:0.8>'."
-            raise InvalidRequest(msg)
-        aliases[name] = words
-    return aliases
+    return _parted(given, "=", "--alias is NAME=WORDS, as in 'ink=<lora:ink:0.8>'.")
+
+
+def _parted(pairs: Iterable[str], mark: str, form: str) -> dict[str, str]:
+    """Return what stands behind the mark in each pair, by what stands before it."""
+    found = {}
+    for pair in pairs:
+        name, marked, words = pair.partition(mark)
+        if not (name and marked and words):
+            raise InvalidRequest(form)
+        found[name] = words
+    return found
 
 
 def _is_local(host: str) -> bool:

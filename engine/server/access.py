@@ -6,17 +6,19 @@ import base64
 import binascii
 import secrets
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException, Request
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 from holdfast.engine.requests.values import Value
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
+    from fastapi import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LARGEST_BODY = 64 * 1024**2
@@ -70,6 +72,34 @@ class Access(Value):
         if not length.isdecimal() or int(length) > LARGEST_BODY:
             raise HTTPException(413, _TOO_LARGE)
         return Request(request.scope, bounded(request.receive))
+
+
+def door(
+    access: Access | None, refused: Callable[[Request, Exception], Response]
+) -> type[APIRoute]:
+    """
+    Return the class of a router's routes, which lets in whom it may and answers every error.
+
+    Args:
+        access: Who may come in. None: everybody.
+        refused: Answers an error in its clients' words.
+    """
+    entry = access or Access()
+
+    class Door(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def answer(request: Request) -> Response:
+                try:
+                    # FastAPI reads the body before it asks dependencies.
+                    return await handle(entry.admit(request))
+                except Exception as error:  # noqa: BLE001 - whatever it is, its text stays here
+                    return refused(request, error)
+
+            return answer
+
+    return Door
 
 
 def bounded(receive: Receive) -> Receive:

@@ -6,31 +6,32 @@ import asyncio
 import base64
 import json
 import time
+from http import HTTPStatus
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
 from holdfast.engine.errors import HoldfastError
 from holdfast.engine.requests.pictures import read_picture
 from holdfast.engine.requests.values import read_as
-from holdfast.engine.server.access import LARGEST_BODY, Access
+from holdfast.engine.server.access import LARGEST_BODY, door
 from holdfast.engine.server.answers import OURS, RefusedError, refusal_of
 from holdfast.engine.server.studio import BY_VALUE, png
 from holdfast.engine.server.visits import note_refusal
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
     from starlette.types import Receive, Scope, Send
 
     from holdfast.engine.jobs.job import Job
     from holdfast.engine.models.facts import ModelFacts
     from holdfast.engine.results.result import Degradation, Result
+    from holdfast.engine.server.access import Access
     from holdfast.engine.server.answers import Refusal
     from holdfast.engine.server.studio import Studio
 
@@ -72,25 +73,6 @@ class _Asked(BaseModel):
     speed: str | None = None
 
 
-class _Route(APIRoute):
-    """Answers errors as OpenAI does."""
-
-    access: ClassVar[Access] = Access()
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler with errors answered."""
-        handle = super().get_route_handler()
-
-        async def answer(request: Request) -> Response:
-            try:
-                # FastAPI reads the body before it asks dependencies.
-                return await handle(self.access.admit(request))
-            except Exception as error:  # noqa: BLE001 - whatever it is, its text stays here
-                return _refused(request, error)
-
-        return answer
-
-
 def openai(studio: Studio, access: Access | None = None, prefix: str = "/v1") -> APIRouter:
     """
     Return OpenAI's image endpoints over a studio, for a FastAPI application.
@@ -100,12 +82,7 @@ def openai(studio: Studio, access: Access | None = None, prefix: str = "/v1") ->
         access: Who may come in. None: everybody.
         prefix: Of the paths; OpenVINO Model Server's clients use ``/v3``.
     """
-
-    class Door(_Route):
-        pass
-
-    Door.access = access or Access()
-    router = APIRouter(prefix=prefix, route_class=Door, tags=["images"])
+    router = APIRouter(prefix=prefix, route_class=door(access, _refused), tags=["images"])
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
@@ -345,9 +322,10 @@ def _refused(http: Request, error: Exception) -> JSONResponse:
     headers = {name: each for name, each in told.headers.items() if name != "WWW-Authenticate"}
     if told.status >= OURS:
         headers["x-should-retry"] = "false"
-    if told.status == 401:  # noqa: PLR2004
+    if told.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
-    status = 400 if told.status == 422 else told.status  # noqa: PLR2004
+    is_invalid = told.status == HTTPStatus.UNPROCESSABLE_ENTITY
+    status = HTTPStatus.BAD_REQUEST if is_invalid else told.status
     return JSONResponse({"error": _error(told)}, status, headers)
 
 
@@ -355,5 +333,6 @@ def _error(told: Refusal) -> dict[str, str | None]:
     kind = (
         "server_error" if told.status >= OURS else _TYPES.get(told.status, "invalid_request_error")
     )
-    code = _CODES.get(told.status) if told.param is None or told.status == 404 else "invalid_value"  # noqa: PLR2004
+    is_field = told.param is not None and told.status != HTTPStatus.NOT_FOUND
+    code = "invalid_value" if is_field else _CODES.get(told.status)
     return {"message": told.words, "type": kind, "param": told.param, "code": code}

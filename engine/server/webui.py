@@ -8,13 +8,12 @@ import contextlib
 import datetime as dt
 import json
 import re
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field, ValidationError
 
 from holdfast.engine.errors import Cancelled, IllegalTransition, InvalidRequest
@@ -26,7 +25,7 @@ from holdfast.engine.requests.schedulers import SAMPLERS, SCHEDULERS, SCHEDULES
 from holdfast.engine.requests.upscalers import UPSCALERS, upscale_image
 from holdfast.engine.requests.values import read_as
 from holdfast.engine.results.saving import INFOTEXT, read_infotext
-from holdfast.engine.server.access import Access
+from holdfast.engine.server.access import door
 from holdfast.engine.server.answers import RefusedError, refusal_of
 from holdfast.engine.server.fields import (
     NAMES,
@@ -40,13 +39,13 @@ from holdfast.engine.server.visits import note_refusal
 from holdfast.states import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from fastapi import Response
     from PIL import Image
 
     from holdfast.engine.models.facts import ModelFacts
     from holdfast.engine.results.result import Result
+    from holdfast.engine.server.access import Access
     from holdfast.engine.server.fields import Asked
     from holdfast.engine.server.studio import Order, Studio
 
@@ -54,25 +53,6 @@ _NOTHING = ("sd-vae", "sd-modules", "hypernetworks", "face-restorers", "realesrg
             "prompt-styles", "script-info", "extensions")  # fmt: skip
 """Lists that are empty here."""
 _LARGEST = 8192 * 8192
-
-
-class _Route(APIRoute):
-    """Answers errors as A1111 does."""
-
-    access: ClassVar[Access] = Access()
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler with errors answered."""
-        handle = super().get_route_handler()
-
-        async def answer(request: Request) -> Response:
-            try:
-                # FastAPI reads the body before it asks dependencies.
-                return await handle(self.access.admit(request))
-            except Exception as error:  # noqa: BLE001 - whatever it is, its text stays here
-                return _refused(request, error)
-
-        return answer
 
 
 class _Picture(BaseModel):
@@ -100,12 +80,7 @@ def sdapi(studio: Studio, access: Access | None = None) -> APIRouter:
         studio: Serves them.
         access: Who may come in. None: everybody.
     """
-
-    class Door(_Route):
-        pass
-
-    Door.access = access or Access()
-    router = APIRouter(route_class=Door, tags=["sdapi"])
+    router = APIRouter(route_class=door(access, _refused), tags=["sdapi"])
     _add_making(router, studio)
     _add_watching(router, studio)
     _add_model(router, studio)
