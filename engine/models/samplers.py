@@ -184,13 +184,11 @@ class Samplers:
         possible = _fewer(steps, lambda steps: check(steps=steps)[0] is not None)
         called = name or self.own_label
         share = "" if strength == 1 else f" over a strength of {strength:g}"
-        advice = (
-            f"Ask for {possible}, which has one"
-            if possible is not None
-            else "No smaller number has one: ask for more"
-            if strength == 1
-            else f"no number of steps fits a strength of {strength:g}: raise it"
-        )
+        advice = "No smaller number has one: ask for more"
+        if possible is not None:
+            advice = f"Ask for {possible}, which has one"
+        elif strength != 1:
+            advice = f"no number of steps fits a strength of {strength:g}: raise it"
         msg = (
             f"{steps} steps{share} were asked for, but the scheduler {called!r} has no such "
             f"schedule on this model: {why}. {advice}, or use another scheduler, such as 'euler'."

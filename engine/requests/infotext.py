@@ -235,8 +235,8 @@ def _taken(name: str, value: Any) -> Any:
     readers: dict[str, Callable[[Any], Any]] = {
         "image": read_picture,
         "mask": read_mask,
-        "first_pass": lambda given: tuple(map(read_picture, several(given))),  # type: ignore[call-overload]
-        "masks": lambda given: tuple(map(read_mask, several(given))),  # type: ignore[call-overload]
+        "first_pass": lambda given: tuple(read_picture(each) for each in several(given)),
+        "masks": lambda given: tuple(read_mask(each) for each in several(given)),
     }
     if name not in readers or value is None:
         return value

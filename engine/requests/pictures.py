@@ -107,7 +107,7 @@ Mask = Annotated[
 """A PIL image as `read_mask` makes it."""
 
 
-def several(value: object) -> object:
+def several(value: object) -> Sequence[object]:
     """Take one value of several for a sequence of one."""
     return value if isinstance(value, (list, tuple)) else (value,)
 

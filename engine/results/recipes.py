@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from holdfast.engine.errors import InvalidRequest
 from holdfast.engine.requests.infotext import (
     Lost,
@@ -17,7 +15,7 @@ from holdfast.engine.requests.infotext import (
 )
 from holdfast.engine.requests.schedulers import check_schedule, check_scheduler
 from holdfast.engine.requests.values import locate
-from holdfast.engine.results.saving import read_infotext, read_private
+from holdfast.engine.results.saving import opened, read_infotext, read_private
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -60,18 +58,15 @@ def recipe_from_image(file: str | Path, **given: Any) -> Recipe:
         InvalidRequest: The file tells of no request, or a picture is needed and is not given, or
             is another one.
     """
-    try:
-        with Image.open(locate(file)) as opened:
-            opened.load()  # what a PNG tells may stand behind its pixels
-            private, text, size = read_private(opened), read_infotext(opened), opened.size
-    except Exception as error:  # whatever a decoder raises
-        msg = f"{file} cannot be read as an image ({type(error).__name__})."
-        raise InvalidRequest(msg) from error
+    with opened(file) as image:
+        image.load()  # what a PNG tells may stand behind its pixels
+        private, text, size = read_private(image), read_infotext(image), image.size
     if private is not None and isinstance(private["request"], dict):
         return _own(private, given)
-    if text is not None and not text.startswith("{") and read_words(text).facts:
+    facts = read_words(text).facts if text and not text.startswith("{") else {}
+    if text and facts:
         request, lost = request_from_infotext(text, **given)
-        version = read_words(text).facts.get("Version", "")
+        version = facts.get("Version", "")
         return Recipe(request, lost, "Holdfast" if version.startswith("holdfast ") else "A1111")
     return _foreign(file, size, given)
 

@@ -208,6 +208,22 @@ def read_infotext(image: Image.Image) -> str | None:
     return comment[8:].decode(_ENCODINGS[comment[:8]], errors="replace")
 
 
+@contextlib.contextmanager
+def opened(file: str | Path) -> Iterator[Image.Image]:
+    """
+    Open a picture's file, to read what it tells.
+
+    Raises:
+        InvalidRequest: It is no image, or cannot be read; also where the block finds that.
+    """
+    try:
+        with Image.open(locate(file)) as image:
+            yield image
+    except Exception as error:  # whatever a decoder raises
+        msg = f"{file} cannot be read as an image ({type(error).__name__})."
+        raise InvalidRequest(msg) from error
+
+
 def request_from_image(file: str | Path, **given: Any) -> Request:
     """
     Read the request that made an image from its file, to make it again.
@@ -221,12 +237,8 @@ def request_from_image(file: str | Path, **given: Any) -> Request:
         InvalidRequest: The file tells of no request, or a picture is needed and is not given, or
             is another one.
     """
-    try:
-        with Image.open(locate(file)) as opened:
-            told = read_private(opened)
-    except Exception as error:  # whatever a decoder raises
-        msg = f"{file} cannot be read as an image ({type(error).__name__})."
-        raise InvalidRequest(msg) from error
+    with opened(file) as image:
+        told = read_private(image)
     if told is None or not isinstance(told["request"], dict):
         msg = f"{file} does not tell how it was made: it is not Holdfast's, or has no metadata."
         raise InvalidRequest(msg)
